@@ -1,0 +1,242 @@
+"""What a run is: one flat, validated set of fields, and a hash that names it.
+
+`RunConfig` is one training run. Its defaults are the paper's protocol (arXiv 2307.00368, section 4).
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+CONFIG_VERSION = 1
+"""Part of every configuration hash: raised when a field's meaning changes."""
+
+DATASETS: dict[str, dict[str, Any]] = {
+    # Flipping changes the class of a traffic sign or a digit, so it is only ever done on request there.
+    "digits": {"image_size": 16, "augmentation": "none"},
+    "cifar10": {"image_size": 32, "augmentation": "crop_flip"},
+    "gtsrb": {"image_size": 32, "augmentation": "crop"},
+    "celeba": {"image_size": 64, "augmentation": "crop_flip"},
+    "folder": {"image_size": 32, "augmentation": "crop_flip"},
+}
+"""Known data sets and what `image_size: null` and `augmentation: null` stand for on each."""
+
+EXECUTION_FIELDS = frozenset(
+    {"data_dir", "download", "device", "threads", "checkpoint_every", "save_weights"}
+)
+"""Where and how a run is executed. They do not say what is computed, so the hash leaves them out."""
+
+
+def _number(value: Any) -> Any:
+    """Make `1e-3` a number: YAML 1.1 reads it, lacking a dot, as a string."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _whole(value: Any) -> Any:
+    value = _number(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Whole = Annotated[int, BeforeValidator(_whole)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the field, the value and what is allowed."""
+
+
+class RunConfig(BaseModel):
+    """One training run: data, network, penalty, optimisation, measurement.
+
+    In YAML and JSON the penalty's weight is called `lambda`; in Python, where that word is taken, `lambda_`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, populate_by_name=True)
+
+    # Data
+    dataset: str = Field(
+        "digits", description="digits, cifar10, gtsrb, celeba, or folder:/path (ImageFolder)"
+    )
+    image_size: Whole | None = Field(
+        None, ge=8, le=512, description="side in pixels; null: the data set's own"
+    )
+    train_samples: Whole | None = Field(
+        None, ge=1, description="stratified subset of the training images; null: all"
+    )
+    test_samples: Whole | None = Field(
+        None, ge=1, description="stratified subset of the test images; null: all"
+    )
+    validation_share: Real = Field(
+        0.1, gt=0, lt=1, description="share of the training images kept for validation"
+    )
+    split_seed: Whole = Field(0, ge=0, description="seed of the splits and subsets, the same for all runs")
+    augmentation: Literal["none", "crop", "crop_flip", "crop_rotate"] | None = Field(
+        None, description="null: the data set's own"
+    )
+    allow_partial: bool = Field(False, description="accept a data set that lacks some of its images")
+
+    # Network
+    model: str = Field("resnet18", description="resnet18, vgg16 (the paper's), or a torchvision classifier")
+    width: Real = Field(
+        1.0, gt=0, le=4, description="factor on the channels of every layer of the paper's networks"
+    )
+
+    # Penalty: loss = cross-entropy + lambda * penalty (paper, eq. 3)
+    lambda_: Real = Field(
+        0.0, ge=0, alias="lambda", description="weight of the penalty; 0 is standard training"
+    )
+    sigma: Real = Field(1e-4, gt=0, description="softness of the l0 surrogate (paper, eq. 1)")
+    penalty: Literal["l0", "l1", "hoyer", "transformed_l1"] = "l0"
+    penalty_layers: Literal["relu", "all"] | tuple[str, ...] = Field(
+        "relu", description="relu, all (every leaf module), or a list of layer name patterns (fnmatch)"
+    )
+    penalty_normalization: Literal["layer_mean", "parameters", "energy"] = "layer_mean"
+    warmup_epochs: Whole = Field(0, ge=0, description="lambda rises linearly from 0 over these first epochs")
+
+    # Optimisation
+    epochs: Whole = Field(100, ge=1)
+    batch_size: Whole = Field(512, ge=2)
+    learning_rate: Real = Field(0.1, gt=0)
+    learning_rate_decay: Real = Field(
+        0.95, gt=0, le=1, description="factor on the learning rate after each epoch"
+    )
+    momentum: Real = Field(0.9, ge=0, lt=1)
+    nesterov: bool = True
+    weight_decay: Real = Field(5e-4, ge=0)
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast in training")
+    compile: bool = Field(False, description="torch.compile the network in training")
+    seed: Whole = Field(0, ge=0, description="drives weights, order and augmentation")
+
+    # Measurement
+    energy_batch_size: Whole = Field(
+        512, ge=1, description="images a batch when energy is measured (paper: 512)"
+    )
+    hardware: str = Field("horowitz-45nm-float32", description="a name of eatlib.energy.HARDWARE")
+
+    # Execution: not part of the hash
+    data_dir: Path | None = Field(None, description="null: $EATLIB_DATA, else the repository's data/")
+    download: bool = Field(False, description="may fetch a data set that is not there")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    threads: Whole | None = Field(None, ge=1, description="PyTorch's CPU threads; null: PyTorch's choice")
+    checkpoint_every: Whole = Field(1, ge=0, description="epochs between checkpoints; 0: none")
+    save_weights: bool = Field(False, description="keep the trained weights beside the result")
+
+    @field_validator("dataset")
+    @classmethod
+    def _known_dataset(cls, value: str) -> str:
+        if value.startswith("folder:") and len(value) > len("folder:"):
+            return value
+        if value not in DATASETS or value == "folder":
+            allowed = ", ".join(name for name in DATASETS if name != "folder")
+            raise ValueError(f"must be one of {allowed}, or folder:/path")
+        return value
+
+    @field_validator("model")
+    @classmethod
+    def _known_model(cls, value: str) -> str:
+        if value not in ("resnet18", "vgg16"):
+            import torchvision.models
+            from torchvision.models import list_models  # slow import, only for other networks
+
+            if value not in list_models(module=torchvision.models):
+                close = difflib.get_close_matches(value, list_models(module=torchvision.models), n=3)
+                hint = f" (close: {', '.join(close)})" if close else ""
+                raise ValueError(f"must be resnet18, vgg16 or a torchvision classifier{hint}")
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+            raise ValueError("must be auto, cpu, mps, cuda or cuda:N")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_dataset_defaults(cls, values: Any) -> Any:
+        """Write the data set's own image size and augmentation out, so that the hash covers them."""
+        if isinstance(values, dict):
+            dataset = str(values.get("dataset", cls.model_fields["dataset"].default)).split(":")[0]
+            own = DATASETS.get(dataset, {})
+            values = values | {key: value for key, value in own.items() if values.get(key) is None}
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov: true needs a momentum above 0")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs ({self.warmup_epochs}) must be less than epochs ({self.epochs})")
+        if self.model not in ("resnet18", "vgg16") and self.width != 1:
+            raise ValueError(f"width ({self.width}) can only be changed for resnet18 and vgg16")
+        return self
+
+    @classmethod
+    def parse(cls, values: dict[str, Any], where: str = "configuration") -> "RunConfig":
+        """Validate `values`; raise a `ConfigError` that names each bad field, its value and what is allowed."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(explain(error, where, cls.keys())) from None
+
+    @classmethod
+    def keys(cls) -> list[str]:
+        """The fields' names as in YAML and JSON."""
+        return [field.alias or name for name, field in cls.model_fields.items()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON-ready values."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    @property
+    def hash(self) -> str:
+        """12 hex digits of a SHA-256 over what is computed: every field but `EXECUTION_FIELDS`.
+
+        With lambda 0 the penalty's other fields say nothing, so that standard training has one hash.
+        """
+        values = {key: value for key, value in self.to_dict().items() if key not in EXECUTION_FIELDS}
+        if self.lambda_ == 0:
+            for key in ("sigma", "penalty", "penalty_layers", "penalty_normalization", "warmup_epochs"):
+                del values[key]
+        text = json.dumps([CONFIG_VERSION, values], sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def name(self) -> str:
+        """A file name that a person can read and that is this run's alone."""
+        dataset = re.sub(r"[^A-Za-z0-9]+", "-", self.dataset).strip("-")
+        return f"{dataset}_{self.model}_lambda{self.lambda_:g}_seed{self.seed}_{self.hash}"
+
+
+def explain(error: ValidationError, where: str, known: list[str]) -> str:
+    """Pydantic's findings as one readable line each."""
+    lines = []
+    for item in error.errors():
+        field = str(item["loc"][0]) if item["loc"] else ""
+        if item["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(field, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+            line = f"unknown field {field!r}; {hint}"
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            line = f"{field} = {item['input']!r}: {message}" if field else message
+        if line not in lines:
+            lines.append(line)
+    return f"{where}: " + "; ".join(lines)
