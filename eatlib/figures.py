@@ -71,7 +71,7 @@ def select(table: pd.DataFrame, margin: float, accounting: str = "published") ->
 
 def runs_of(table: pd.DataFrame, setting: pd.Series) -> pd.DataFrame:
     """The runs of `table` with the data set, network and penalty of one row of `select`."""
-    return table.merge(setting.to_frame().T.infer_objects(), on=[*GROUP, *SETTING])
+    return table[(table[[*GROUP, *SETTING]] == setting[[*GROUP, *SETTING]]).all(axis=1)]
 
 
 def tradeoff_table(table: pd.DataFrame, margin: float, accounting: str = "published") -> pd.DataFrame:
