@@ -163,13 +163,7 @@ def run_process(job: Job, *, force: bool, wait: bool, threads: int, stop: Path, 
     start = time.monotonic()
     log = job.work.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        # The kernel is this environment's Python, whatever kernels the user has installed.
-        "JUPYTER_PREFER_ENV_PATH": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-    }
+    environment = _environment() | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     gpu = _take_gpu(gpus)
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
@@ -207,6 +201,12 @@ def run_process(job: Job, *, force: bool, wait: bool, threads: int, stop: Path, 
         log.unlink(missing_ok=True)
         return Outcome(job.name, "done", seconds)
     return Outcome(job.name, "failed", seconds, _last_error(job, log, process.returncode))
+
+
+def _environment() -> dict[str, str]:
+    """For processes that execute notebooks: this Python and this eatlib, whatever else the user has installed."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"JUPYTER_PREFER_ENV_PATH": "1", "PYTHONPATH": path}
 
 
 _GPUS_IN_USE: set[str] = set()
@@ -484,8 +484,8 @@ class _Progress:
             self._bar.close()
 
 
-def render(study_name: str, results: Path) -> tuple[Path, Path]:
-    """Execute `2_tradeoff.ipynb` on the study's results; the notebook and a self-contained page of it."""
+def render(study_name: str, results: Path) -> None:
+    """Execute `2_tradeoff.ipynb` on the study's results, beside them, and make a self-contained page of it."""
     import papermill
     from nbconvert import HTMLExporter
 
@@ -498,9 +498,7 @@ def render(study_name: str, results: Path) -> tuple[Path, Path]:
         progress_bar=False,
     )
     exporter = HTMLExporter(exclude_input=True, embed_images=True)
-    page = notebook.with_suffix(".html")
-    write_atomically(page, exporter.from_filename(str(notebook))[0])
-    return notebook, page
+    write_atomically(notebook.with_suffix(".html"), exporter.from_filename(str(notebook))[0])
 
 
 # --- the command line -------------------------------------------------------------------------------------------
@@ -584,14 +582,28 @@ def _run(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _show_results(study: Study, results: Path) -> None:
+def _show_results(study: Study, results: Path) -> int:
     from eatlib import figures
+    from eatlib.results import StudyResults
 
-    notebook, page = render(study.name, results)
-    table = figures.tradeoff_table(figures.load_table(results / study.name), margin=study.margin)
-    print(f"\n{study.label}\n\n{figures.plain(table)}\n")
-    for path in (*sorted(notebook.parent.glob("*.png")), notebook, page):
+    folder = results / study.name
+    log = folder / "work" / "render.log"
+    with log.open("w") as output:
+        status = subprocess.run(
+            [sys.executable, "-m", "eatlib.study", "_render", study.name, str(results)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=_environment(),
+        ).returncode
+    found = StudyResults.load(folder)
+    summary = figures.tradeoff_table(found.table(), margin=study.margin)
+    print(f"\n{study.label}\n\n{figures.readable(summary).to_string(index=False)}\n")
+    if status != 0:
+        print(f"the figures could not be drawn, see {log}", file=sys.stderr)
+        return 1
+    for path in (*sorted(folder.glob("*.png")), folder / "tradeoff.ipynb", folder / "tradeoff.html"):
         print(path)
+    return 0
 
 
 def _show_runs(study: Study, results: Path, *, only_stale: bool) -> None:
@@ -655,6 +667,9 @@ def main(arguments: list[str] | None = None) -> int:
         request = json.loads(arguments[1])
         job = Job(RunConfig.parse(request["config"]), Path(request["folder"]))
         return execute(job, force=request["force"], wait=request["wait"])
+    if arguments[:1] == ["_render"]:
+        render(arguments[1], Path(arguments[2]))
+        return 0
     options = _parser().parse_args(arguments)
     try:
         return {"run": _run, "list": _list, "clean": _clean}[options.command](options)
@@ -667,4 +682,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from eatlib import study  # under its own name: Dask could not send what is defined in __main__
+
+    sys.exit(study.main())
