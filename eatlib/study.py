@@ -67,6 +67,14 @@ class Job:
     def work(self) -> Path:
         return self.folder / "work" / self.name
 
+    @property
+    def lock(self) -> Path:
+        return self.work.parent / f"{self.name}.lock"
+
+    @property
+    def log(self) -> Path:
+        return self.work.parent / f"{self.name}.log"
+
     def load(self) -> RunResult | None:
         """The result if the run is done: it is there, validates, and is of this very configuration."""
         try:
@@ -100,11 +108,13 @@ def execute(job: Job, *, force: bool, wait: bool) -> int:
     The lock belongs to the process and ends with it, however it ends. The notebook writes its result into the
     work folder; only one that validates is moved to where it counts.
     """
+    # At import, jsonschema's optional check of international addresses compiles a grammar, for over a second.
+    sys.modules.setdefault("rfc3987_syntax", None)
     import papermill
     from filelock import FileLock, Timeout
 
     job.work.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(job.work.with_suffix(".lock"), timeout=-1 if wait else 0)
+    lock = FileLock(job.lock, timeout=-1 if wait else 0)
     try:
         lock.acquire()
     except Timeout:
@@ -161,8 +171,7 @@ def run_process(job: Job, *, force: bool, wait: bool, threads: int, stop: Path, 
         gpus: identifiers of local GPUs to take one of; empty: leave the choice to the environment.
     """
     start = time.monotonic()
-    log = job.work.with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
+    job.log.parent.mkdir(parents=True, exist_ok=True)
     environment = _environment() | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     gpu = _take_gpu(gpus)
     if gpu is not None:
@@ -174,7 +183,7 @@ def run_process(job: Job, *, force: bool, wait: bool, threads: int, stop: Path, 
         "wait": wait,
     }
     try:
-        with log.open("w") as output:
+        with job.log.open("w") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "eatlib.study", "_execute", json.dumps(request)],
                 stdout=output,
@@ -198,9 +207,9 @@ def run_process(job: Job, *, force: bool, wait: bool, threads: int, stop: Path, 
     if stop.exists():
         return Outcome(job.name, "stopped", seconds)
     if process.returncode == 0 and job.load() is not None:
-        log.unlink(missing_ok=True)
+        job.log.unlink(missing_ok=True)
         return Outcome(job.name, "done", seconds)
-    return Outcome(job.name, "failed", seconds, _last_error(job, log, process.returncode))
+    return Outcome(job.name, "failed", seconds, _last_error(job, process.returncode))
 
 
 def _environment() -> dict[str, str]:
@@ -222,7 +231,7 @@ def _take_gpu(gpus: list[str]) -> str | None:
     return None
 
 
-def _last_error(job: Job, log: Path, status: int) -> str:
+def _last_error(job: Job, status: int) -> str:
     """What went wrong, in a few lines: the notebook's error if it holds one, else the end of the log."""
     try:
         cells = json.loads(job.notebook.read_text())["cells"]
@@ -232,7 +241,7 @@ def _last_error(job: Job, log: Path, status: int) -> str:
         for output in cell.get("outputs", []):
             if output.get("output_type") == "error":
                 return f"{output['ename']}: {output['evalue']}"
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in job.log.read_text(errors="replace").splitlines() if line.strip()]
     return "\n".join(lines[-3:]) or f"the run's process ended with status {status} and no message"
 
 
@@ -414,10 +423,9 @@ def _wait_for_end(todo: list[Job], timeout: float = 10) -> None:
 
     deadline = time.monotonic() + timeout
     for job in todo:
-        path = job.work.with_suffix(".lock")
-        if path.exists():
+        if job.lock.exists():
             try:
-                FileLock(path, timeout=max(0, deadline - time.monotonic())).acquire().lock.release()
+                FileLock(job.lock, timeout=max(0, deadline - time.monotonic())).acquire().lock.release()
             except Timeout:
                 return
 
@@ -572,6 +580,8 @@ def _run(arguments: argparse.Namespace) -> int:
         quiet=arguments.quiet,
     )
     failed = [outcome for outcome in outcomes if outcome.status != "done"]
+    if not outcomes:
+        print("every run has a result already; --force trains them again")
     if any(job.load() is not None for job in jobs(study, results)):
         _show_results(study, results)
     if failed:

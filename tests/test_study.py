@@ -119,7 +119,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_result(tmp_path):
 def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path, make_result):
     job = Job(RunConfig.parse({"epochs": 1}), tmp_path)
     job.work.mkdir(parents=True)
-    with FileLock(job.work.with_suffix(".lock")):
+    with FileLock(job.lock):
         assert execute(job, force=False, wait=False) == BUSY
     make_result().save(job.result)
     before = job.result.read_bytes()
