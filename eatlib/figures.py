@@ -167,7 +167,7 @@ def tradeoff_figure(table: pd.DataFrame, margin: float, accounting: str = "publi
         for value, point in means.iterrows():
             if value > 0:
                 axis.annotate(
-                    f"{value:g}",
+                    f"λ={value:g}",
                     (point[ratio], point["test_accuracy"]),
                     textcoords="offset points",
                     xytext=(0, -13),

@@ -505,7 +505,9 @@ def render(study_name: str, results: Path) -> None:
         kernel_name="python3",
         progress_bar=False,
     )
-    exporter = HTMLExporter(exclude_input=True, embed_images=True)
+    exporter = HTMLExporter(
+        exclude_input=True, exclude_output_prompt=True, embed_images=True, mathjax_url="", require_js_url=""
+    )
     write_atomically(notebook.with_suffix(".html"), exporter.from_filename(str(notebook))[0])
 
 
