@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +76,16 @@ class Watch:
 
     def _hook(self, name: str) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
+            label = self.label(name)
             self._calls[name] += 1
-            count = self._calls[name]
-            label = name if count == 1 else f"{name}#{count}"
             return self._on_call(LayerCall(label, type(module).__name__, module, inputs, output))
 
         return hook
+
+    def label(self, name: str) -> str:
+        """What the next call of the module `name` in this forward pass is called."""
+        count = self._calls[name] + 1
+        return name if count == 1 else f"{name}#{count}"
 
     def close(self) -> None:
         """Remove every hook; a second call does nothing."""
@@ -92,3 +98,127 @@ class Watch:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorCall:
+    """One call of one of PyTorch's operators while the model runs, about to happen.
+
+    Attributes:
+        name: label of the leaf module that runs (as in `LayerCall`), or dotted path of the innermost container,
+            "" for the model itself.
+        kind: class name of that module.
+        in_leaf: whether it is a leaf module, whose call a `LayerCall` reports too.
+        function: the operator, such as `torch.ops.aten.convolution.default`.
+        arguments, keywords: what `run` will give it.
+    """
+
+    name: str
+    kind: str
+    in_leaf: bool
+    function: Any
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    def run(self) -> Any:
+        return self.function(*self.arguments, **self.keywords)
+
+
+class Trace:
+    """All that a model computes, as modules and as operators; a context manager.
+
+    Functional calls (`F.relu`, `x += y`) reach no hook, but they are operators like any other. Whatever the
+    callbacks compute themselves is not traced.
+
+    Args:
+        on_start, on_end: called around each forward pass with the model's arguments, and with what it returned.
+            A forward pass that raises has no end; its successor starts afresh.
+        on_layer: called after each call of a leaf module.
+        on_operator: called in place of each operator; runs it and returns its output.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        on_start: Callable[[Any], None],
+        on_layer: Callable[[LayerCall], None],
+        on_operator: Callable[[OperatorCall], Any],
+        on_end: Callable[[Any], None],
+    ) -> None:
+        self._model = model
+        self._on_start = on_start
+        self._on_layer = on_layer
+        self._on_operator = on_operator
+        self._on_end = on_end
+        self._scope: list[tuple[str, str, bool]] = []
+        self._paused = False
+        self._operators = _Operators(self)
+
+    def __enter__(self) -> "Trace":
+        leaves = leaf_modules(self._model)
+        self._handles = [self._model.register_forward_pre_hook(self._start, with_kwargs=True)]
+        for name, module in self._model.named_modules():
+            leaf = next(module.children(), None) is None
+            label = (name or type(module).__name__) if leaf else name
+            self._handles.append(module.register_forward_pre_hook(self._enter(label, leaf)))
+        # Hooks run in the order of registration: a leaf's report comes before its scope is left.
+        self._watch = Watch(self._model, self._layer, modules=leaves)
+        for module in self._model.modules():
+            self._handles.append(module.register_forward_hook(self._leave))
+        self._handles.append(self._model.register_forward_hook(self._end))
+        self._operators.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._operators.__exit__(*exception)
+        self._watch.close()
+        for handle in self._handles:
+            handle.remove()
+
+    def _start(self, module: nn.Module, arguments: Any, keywords: Any) -> None:
+        self._scope.clear()
+        self._call(self._on_start, (arguments, keywords))
+
+    def _enter(self, name: str, leaf: bool) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any) -> None:
+            self._scope.append((name, type(module).__name__, leaf))
+
+        return hook
+
+    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._scope.pop()
+
+    def _layer(self, call: LayerCall) -> None:
+        self._call(self._on_layer, call)
+
+    def _end(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._call(self._on_end, output)
+
+    def _call(self, callback: Callable[[Any], None], value: Any) -> None:
+        self._paused = True
+        try:
+            callback(value)
+        finally:
+            self._paused = False
+
+    def operator(self, function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        if not self._scope or self._paused:
+            return function(*arguments, **keywords)
+        name, kind, leaf = self._scope[-1]
+        label = self._watch.label(name) if leaf else name
+        return self._on_operator(OperatorCall(label, kind, leaf, function, arguments, keywords))
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self._trace = trace
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        keywords = keywords or {}
+        if torch.is_inference_mode_enabled() and function._can_decompose():
+            # Inference mode hands over conv2d and linear as they are; elsewhere PyTorch takes them apart first.
+            with self:
+                return function.decompose(*arguments, **keywords)
+        return self._trace.operator(function, arguments, keywords)
