@@ -746,9 +746,7 @@ class EnergyMeter:
 
 
 def _share(rows: list[_Row], what: str) -> Fraction:
-    return Fraction(
-        sum(getattr(row, f"nonzero_{what}") for row in rows), sum(getattr(row, what) for row in rows)
-    )
+    return Fraction(sum(getattr(row, f"nonzero_{what}") for row in rows), sum(getattr(row, what) for row in rows))
 
 
 def energy_report(

@@ -121,7 +121,5 @@ def _select(model: nn.Module, layers: str | Sequence[str]) -> list[str]:
     if layers == "relu":
         return [name for name, module in leaves.items() if isinstance(module, ZERO_MAKERS)]
     if layers == "all":
-        return [
-            name for name, module in leaves.items() if not isinstance(module, nn.modules.dropout._DropoutNd)
-        ]
+        return [name for name, module in leaves.items() if not isinstance(module, nn.modules.dropout._DropoutNd)]
     return [name for name in leaves if any(fnmatchcase(name, pattern) for pattern in layers)]

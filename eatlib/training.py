@@ -152,9 +152,7 @@ def fit(
                 if on_epoch is not None:
                     on_epoch(history[-1])
         validation, test = (
-            evaluate(
-                model, split, batch_size=config.energy_batch_size, hardware=config.hardware, device=device
-            )
+            evaluate(model, split, batch_size=config.energy_batch_size, hardware=config.hardware, device=device)
             for split in (data.validation, data.test)
         )
         return results.RunResult(
