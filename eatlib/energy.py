@@ -36,6 +36,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from eatlib.activations import LayerCall, OperatorCall, Trace
 
@@ -122,8 +123,7 @@ def count_nonzero(x: Tensor) -> Count:
     if x.is_complex():
         return count_nonzero(x.abs())
     if x.device.type != "cpu":
-        zero = x.abs() <= ZERO if x.is_floating_point() and x.dtype != torch.float16 else x == 0
-        return x.numel() - torch.count_nonzero(zero)
+        return torch.count_nonzero(_nonzero_mask(x))
     if x.layout != torch.strided:
         x = x.to_dense()
     flat = x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).contiguous().view(-1)
@@ -141,6 +141,10 @@ def count_nonzero(x: Tensor) -> Count:
         np.greater(magnitude[: part.size], threshold, out=nonzero[: part.size])
         total += int(np.count_nonzero(nonzero[: part.size]))
     return total
+
+
+def _nonzero_mask(x: Tensor) -> Tensor:
+    return x.abs() > ZERO if x.is_floating_point() else x != 0
 
 
 _BITS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32), 8: (torch.int64, np.uint64)}
@@ -256,86 +260,102 @@ def _tensors(arguments: Any) -> Iterator[Tensor]:
             yield from _tensors(argument)
 
 
-class _TensorMap:
-    """Facts about tensors as long as they live and do not change; keeps none of them alive.
+class _Facts:
+    """What is known of tensors while they live and do not change; keeps no tensor's memory alive.
 
-    Inference mode has no version counters and elsewhere they move only after an operator's end, hence `changed`.
+    Operators report what they write to with `changed`, because inference mode has no version counters.
     """
 
     def __init__(self) -> None:
-        self._facts: dict[int, tuple[weakref.ref[Tensor], int, Any]] = {}
+        self._facts: dict[tuple[str, int], tuple[weakref.ref[Tensor], int, Any]] = {}
         self._versions: Counter[int] = Counter()  # of memory, which views share
+        self._memory: dict[int, StorageWeakRef] = {}  # so that no address above is used again
 
-    def _version(self, x: Tensor) -> int:
-        return self._versions[x.untyped_storage()._cdata]
-
-    def changed(self, x: Tensor) -> None:
-        self._versions[x.untyped_storage()._cdata] += 1
-
-    def get(self, x: Tensor) -> Any:
-        reference, version, fact = self._facts.get(id(x), (None, 0, None))
-        known = reference is not None and reference() is x and version == self._version(x)
+    def get(self, kind: str, x: Tensor) -> Any:
+        reference, version, fact = self._facts.get((kind, id(x)), (None, 0, None))
+        known = reference is not None and reference() is x and version == self._versions[_memory(x)]
         return fact if known else None
 
-    def set(self, x: Tensor, fact: Any) -> None:
-        self._facts[id(x)] = (weakref.ref(x), self._version(x), fact)
+    def set(self, kind: str, x: Tensor, fact: Any) -> None:
+        self._facts[kind, id(x)] = (weakref.ref(x), self._versions[_memory(x)], fact)
+
+    def changed(self, x: Tensor) -> None:
+        self._versions[self.memory(x)] += 1
+
+    def memory(self, x: Tensor) -> int:
+        """The address of what `x` and its views share; not used again as long as this object lives."""
+        address = _memory(x)
+        if address not in self._memory:
+            self._memory[address] = StorageWeakRef(x.untyped_storage())
+        return address
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
 
 
 class _Pass:
-    """One forward pass: what each accounting charges for it.
-
-    Args:
-        parameters: non-zeros of the model's parameters.
-    """
+    """One forward pass: what each accounting charges for it."""
 
     def __init__(self, exact_macs: bool) -> None:
-        self.exact_macs = exact_macs
         self.images = 0
         self.rows: dict[Accounting, list[_Row]] = {"published": [], "fused": []}
         self.uncounted: dict[Accounting, dict[str, None]] = {"published": {}, "fused": {}}
-        self.uses: dict[str, list[int]] = {}
-        self._nonzero = _TensorMap()
-        self._values = _TensorMap()
-        self._names: Counter[str] = Counter()
-
-    def count(self, x: Tensor) -> Count:
-        """Non-zeros of `x`; counted once while it does not change."""
-        known = self._nonzero.get(x)
-        if known is None:
-            known = count_nonzero(x)
-            self._nonzero.set(x, known)
-        return known
+        self.uses: dict[str, tuple[int, int]] = {}
+        """By leaf module call: memory accesses to what became of its output, and MACs on it, zeros included."""
+        self._exact_macs = exact_macs
+        self._facts = _Facts()
+        self._latest: dict[int, _Value] = {}  # by memory: for views of a tensor that changed
+        self._labels: Counter[str] = Counter()
 
     def start(self, arguments: Any) -> None:
         for x in _tensors(arguments):
-            self._values.set(x, _Value(-1))
+            self._set_value(x, _Value(-1))
 
     def end(self, output: Any) -> None:
         for x in _tensors(output):
-            if (value := self._values.get(x)) is not None:
+            if (value := self._value(x)) is not None:
                 self._write(x, value)
         for rows in self.rows.values():
             _resolve(rows)
+
+    def count(self, x: Tensor) -> Count:
+        """Non-zeros of `x`; counted once while it does not change."""
+        known = self._facts.get("non-zeros", x)
+        if known is None:
+            known = count_nonzero(x)
+            self._facts.set("non-zeros", x, known)
+        return known
+
+    def _value(self, x: Tensor) -> _Value | None:
+        """None for constants: parameters, buffers and whatever is made of them alone."""
+        value = self._facts.get("value", x)
+        if value is None and (latest := self._latest.get(_memory(x))) is not None:
+            value = dataclasses.replace(latest, written=False)
+            self._facts.set("value", x, value)
+        return value
+
+    def _set_value(self, x: Tensor, value: _Value) -> None:
+        self._facts.set("value", x, value)
+        self._latest[self._facts.memory(x)] = value
 
     # published: leaf modules
 
     def layer(self, call: LayerCall) -> None:
         row = _Row(call.name, call.kind)
-        outputs = list(_tensors(call.output))
-        for x in outputs:
+        for x in _tensors(call.output):
             row.write(x, self.count(x))
-            if (value := self._values.get(x)) is not None:
+            if (value := self._value(x)) is not None:
                 value.layers += (call.name,)
-        inputs = list(_tensors(call.inputs))
         if _is_activation(call.module):
             # As if it had worked in place: its input is its output.
             row.inputs, row.nonzero_inputs = row.outputs, row.nonzero_outputs
         else:
-            for x in inputs:
+            for x in _tensors(call.inputs):
                 row.read(x, self.count(x))
         for x in _published_parameters(call.module):
             row.read_parameter(x, self.count(x))
-        operations = _published_operations(call.module, row.inputs, row.outputs, inputs)
+        operations = _published_operations(call.module, row)
         if operations is None:
             self.uncounted["published"][f"{call.name}: operations of {call.kind}"] = None
         row.operations = operations or 0
@@ -345,62 +365,82 @@ class _Pass:
 
     def operator(self, call: OperatorCall) -> Any:
         packet = call.function.overloadpacket
-        inputs = [(x, self._values.get(x)) for x in _tensors((call.arguments, call.keywords))]
-        activations = [(x, value) for x, value in inputs if value is not None]
-        if not activations:
-            return self._run(call)  # on constants only: parameters, buffers and what is made of them
-        operator = packet.__name__
-        where = f"{call.name or 'the network itself'}: {operator}"
-        moves = call.function.is_view or packet in _COPIES
+        operands = [
+            (x, value)
+            for x in _tensors((call.arguments, call.keywords))
+            if (value := self._value(x)) is not None
+        ]
+        if not operands:
+            return self._run(call)
+        moves = call.function.is_view or packet in _MOVES
+        pointwise = torch.Tag.pointwise in call.function.tags
+        where = (
+            f"{call.name or 'the network itself'}: {packet.__name__}{' (element-wise)' if pointwise else ''}"
+        )
         if not (call.in_leaf or moves):
             self.uncounted["published"][where] = None
         if packet in _PRODUCTS:
             output = self._run(call)
-            value = self._multiply(call, operator, output)
+            value = self._multiply(call, output)
         elif moves:
-            x, value = activations[0]
+            x, value = operands[0]
             output = self._run(call)
             if output.numel() != x.numel():
-                value = _Value(value.producer, value.layers, value.written)
+                value = dataclasses.replace(value)
         else:
-            if not (torch.Tag.pointwise in call.function.tags or packet in _EPILOGUES):
+            if pointwise:
+                self._join(call, operands)
+            elif packet not in _EPILOGUES:
                 self.uncounted["fused"][where] = None
-            value = self._join(call, operator, activations)
+            latest = max((value for _, value in operands), key=lambda value: value.producer)
+            value = _Value(latest.producer, latest.layers)
             output = self._run(call)
         for x in _tensors(output):
-            self._values.set(x, value)
+            self._set_value(x, value)
         return output
 
     def _run(self, call: OperatorCall) -> Any:
         output = call.run()
         if call.function._schema.is_mutable:
             for x in _written(call):
-                self._nonzero.changed(x)
-                self._values.changed(x)
+                self._facts.changed(x)
         return output
 
-    def _label(self, call: OperatorCall, operator: str, leaf: bool) -> str:
-        label = call.name if leaf else f"{call.name}.{operator}".lstrip(".")
-        self._names[label] += 1
-        return label if self._names[label] == 1 else f"{label}#{self._names[label]}"
+    def _label(self, call: OperatorCall) -> str:
+        operator = call.function.overloadpacket.__name__
+        label = call.name if call.in_leaf else f"{call.name}.{operator}".lstrip(".")
+        if call.in_leaf and self._labels[label]:
+            label = f"{label}.{operator}"
+        self._labels[label] += 1
+        return label if self._labels[label] == 1 else f"{label}#{self._labels[label]}"
 
-    def _multiply(self, call: OperatorCall, operator: str, output: Tensor) -> _Value:
-        row = _Row(
-            self._label(call, operator, call.in_leaf),
-            call.kind if call.in_leaf else operator,
-        )
-        left, right, rest = _PRODUCTS[call.function.overloadpacket](call.arguments)
+    def _multiply(self, call: OperatorCall, output: Tensor) -> _Value:
+        packet = call.function.overloadpacket
+        row = _Row(self._label(call), call.kind if call.in_leaf else packet.__name__)
+        left, right, addend = _PRODUCTS[packet](call.arguments)
         row.operations = _macs(call, left, right, output)
-        for x in (left, right, *rest):
-            nonzero = self._read(row, x)
-            if x is left or x is right:
-                row.factors.append((nonzero, x.numel()))
+        row.factors = [(self._read(row, x), x.numel()) for x in (left, right)]
+        if addend is not None:
+            self._read(row, addend)
+        if self._exact_macs:
+            row.factors = []
+            row.effective = _effective_macs(call, left, right)
         self.rows["fused"].append(row)
         return _Value(len(self.rows["fused"]) - 1)
 
+    def _join(self, call: OperatorCall, operands: list[tuple[Tensor, _Value]]) -> None:
+        """An element-wise operator where the last of its operands is computed: it reads the others."""
+        latest = max(value.producer for _, value in operands)
+        others = [x for x, value in operands if value.producer != latest]
+        if others:
+            row = _Row(self._label(call), call.function.overloadpacket.__name__)
+            for x in others:
+                self._read(row, x)
+            self.rows["fused"].append(row)
+
     def _read(self, row: _Row, x: Tensor) -> Count:
         nonzero = self.count(x)
-        value = self._values.get(x)
+        value = self._value(x)
         if value is None:
             row.read_parameter(x, nonzero)
         else:
@@ -409,27 +449,16 @@ class _Pass:
             self._write(x, value)
         return nonzero
 
-    def _use(self, value: _Value, accesses: int, operations: int) -> None:
-        for layer in value.layers:
-            uses = self.uses.setdefault(layer, [0, 0])
-            uses[0] += accesses
-            uses[1] += operations
-
     def _write(self, x: Tensor, value: _Value) -> None:
         if value.producer >= 0 and not value.written:
             self.rows["fused"][value.producer].write(x, self.count(x))
             self._use(value, x.numel(), 0)
         value.written = True
 
-    def _join(self, call: OperatorCall, operator: str, operands: list[tuple[Tensor, _Value]]) -> _Value:
-        latest = max(value.producer for _, value in operands)
-        read = [(x, value) for x, value in operands if value.producer != latest]
-        if read and call.function.overloadpacket not in _EPILOGUES:
-            row = _Row(self._label(call, operator, False), operator)
-            for x, _ in read:
-                self._read(row, x)
-            self.rows["fused"].append(row)
-        return _Value(latest, next(value.layers for _, value in operands if value.producer == latest))
+    def _use(self, value: _Value, accesses: int, macs: int) -> None:
+        for layer in value.layers:
+            before = self.uses.get(layer, (0, 0))
+            self.uses[layer] = (before[0] + accesses, before[1] + macs)
 
 
 def _written(call: OperatorCall) -> Iterator[Tensor]:
@@ -451,75 +480,89 @@ def _published_parameters(module: nn.Module) -> Iterator[Tensor]:
         yield from (module.running_mean, module.running_var)  # twice, as published
 
 
-_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-_NO_OPERATIONS = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.Dropout,
-    nn.Dropout2d,
-    nn.Flatten,
-    nn.LayerNorm,
-    nn.Identity,
-    nn.Sequential,
-)
+_NO_OPERATIONS = (nn.ReLU, nn.ReLU6, nn.Dropout, nn.Dropout2d, nn.Flatten, nn.LayerNorm, nn.Identity)
 
 
-def _published_operations(module: nn.Module, inputs: int, outputs: int, tensors: list[Tensor]) -> int | None:
+def _published_operations(module: nn.Module, row: _Row) -> int | None:
     """The simulator's operations of one call; None for modules that it does not know.
 
     Quirk: a grouped convolution is charged as a dense one.
     """
     match module:
-        case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
-            return outputs * math.prod(module.kernel_size) * module.in_channels
+        case nn.Conv2d():
+            return row.outputs * math.prod(module.kernel_size) * module.in_channels
         case nn.Linear():
-            return module.weight.numel() * tensors[0].shape[0]
-        case nn.BatchNorm1d() | nn.BatchNorm2d() | nn.BatchNorm3d():
-            return 4 * inputs
-        case nn.AdaptiveAvgPool1d() | nn.AdaptiveAvgPool2d() | nn.AdaptiveAvgPool3d():
-            return inputs
-    if isinstance(module, _POOLS):
-        window = module.kernel_size
-        if isinstance(window, int):
-            window = (window,) * int(type(module).__name__[-2])
-        return outputs * math.prod(window)
+            return module.weight.numel() * (row.inputs // module.in_features)
+        case nn.BatchNorm2d():
+            return 4 * row.inputs
+        case nn.MaxPool2d() | nn.AvgPool2d():
+            window = module.kernel_size
+            return row.outputs * (window**2 if isinstance(window, int) else math.prod(window))
+        case nn.AdaptiveAvgPool2d():
+            return row.inputs
     return 0 if isinstance(module, _NO_OPERATIONS) else None
 
 
 _aten = torch.ops.aten
 
-_COPIES = {_aten._to_copy, _aten.clone, _aten._unsafe_view, _aten.copy_}
 
-# Fused into the layer before: normalisation, activation, pooling, reductions, concatenation.
-_EPILOGUES = {
-    _aten.native_batch_norm,
-    _aten._native_batch_norm_legit_no_training,
-    _aten.cudnn_batch_norm,
-    _aten.native_layer_norm,
-    _aten.native_group_norm,
-    _aten.max_pool2d_with_indices,
-    _aten.avg_pool2d,
-    _aten._adaptive_avg_pool2d,
-    _aten.mean,
-    _aten.cat,
-}
+def _operators(*names: str) -> set[Any]:
+    """Those of the operators that this version of PyTorch has."""
+    return {getattr(_aten, name) for name in names if hasattr(_aten, name)}
 
-_PRODUCTS: dict[Any, Callable[[tuple[Any, ...]], tuple[Tensor, Tensor, list[Tensor]]]] = {
-    _aten.convolution: lambda a: (a[0], a[1], [] if a[2] is None else [a[2]]),
-    _aten.mm: lambda a: (a[0], a[1], []),
-    _aten.bmm: lambda a: (a[0], a[1], []),
-    _aten.addmm: lambda a: (a[1], a[2], [a[0]]),
-    _aten.baddbmm: lambda a: (a[1], a[2], [a[0]]),
+
+_PRODUCTS: dict[Any, Callable[[tuple[Any, ...]], tuple[Tensor, Tensor, Tensor | None]]] = {
+    _aten.convolution: lambda arguments: arguments[:3],
+    _aten.mm: lambda arguments: (*arguments[:2], None),
+    _aten.bmm: lambda arguments: (*arguments[:2], None),
+    _aten.addmm: lambda arguments: (*arguments[1:3], arguments[0]),
+    _aten.baddbmm: lambda arguments: (*arguments[1:3], arguments[0]),
 }
-"""Operators that multiply: their two factors, and what they add."""
+"""Operators that multiply: their factors, and what they add."""
+
+_MOVES = _operators("_to_copy", "clone", "_unsafe_view", "_reshape_copy")
+
+# Applied to a layer's output before it is written, besides all that is element-wise.
+_EPILOGUES = _operators(
+    *("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training"),
+    *("cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_with_update", "_batch_norm_no_update"),
+    *("native_layer_norm", "native_group_norm", "_fused_rms_norm", "native_dropout"),
+    *("max_pool2d_with_indices", "max_pool3d_with_indices", "mkldnn_max_pool2d", "_adaptive_avg_pool3d"),
+    *("avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
+    *("mean", "sum", "amax", "amin", "max", "min", "var_mean", "_softmax", "_log_softmax"),
+    *("cat", "stack", "copy_", "constant_pad_nd", "repeat", "roll", "flip"),
+    *("upsample_nearest2d", "upsample_bilinear2d"),
+)
 
 
 def _macs(call: OperatorCall, left: Tensor, right: Tensor, output: Tensor) -> int:
-    """Multiply-accumulates without zero-skipping; the padding of a convolution counts, as usual."""
+    """Multiply-accumulates without zero-skipping; those on a convolution's padding count, as usual."""
     if call.function.overloadpacket is _aten.convolution:
         transposed = call.arguments[6]
         return (left if transposed else output).numel() * right[0].numel()
     return output.numel() * left.shape[-1]
+
+
+def _effective_macs(call: OperatorCall, left: Tensor, right: Tensor) -> Count:
+    """Multiply-accumulates with both operands non-zero.
+
+    Sums over the batch and over the output channels come first, as the products are linear in both.
+    """
+    left, right = _nonzero_mask(left), _nonzero_mask(right)
+    if call.function.overloadpacket is _aten.convolution:
+        *geometry, transposed, output_padding, groups = call.arguments[3:9]
+        left = left.sum(0, keepdim=True)
+        if transposed:
+            right = right.sum(1, keepdim=True)
+        else:
+            right = right.unflatten(0, (groups, -1)).sum(1)
+        macs = _aten.convolution(
+            left.double(), right.double(), None, *geometry, transposed, output_padding, groups
+        ).sum()
+    else:
+        macs = (left.sum(-2) * right.sum(-1)).sum()
+    macs = macs.round().to(torch.int64)
+    return int(macs) if macs.device.type == "cpu" else macs
 
 
 # --- the meter and its report ---------------------------------------------------------------------------------------

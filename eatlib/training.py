@@ -48,7 +48,7 @@ def train_one_epoch(
     model.train()
     totals = Totals(*torch.zeros(3, device=device))
     for images, labels in training_images:
-        images, labels = _to(device, images), labels.to(device, non_blocking=True)
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             logits = model(images)
         loss = F.cross_entropy(logits.float(), labels)
@@ -76,7 +76,7 @@ def evaluate(
     with torch.no_grad(), EnergyMeter(model, hardware=hardware) as meter:
         for images, labels in batches(split, batch_size):
             labels = labels.to(device)
-            logits = model(_to(device, images)).float()
+            logits = model(images.to(device, non_blocking=True)).float()
             loss += F.cross_entropy(logits, labels, reduction="sum")
             right.append(labels[logits.argmax(1) == labels])
             seen.append(labels)
@@ -115,7 +115,8 @@ def fit(
     with _threads(config.threads):
         torch.manual_seed(config.seed)
         generator = torch.Generator().manual_seed(config.seed)
-        model = _network(config, data).to(device, memory_format=torch.channels_last)
+        model = _network(config, data).to(device)
+        model = model.to(memory_format=memory_format(model))
         optimizer = torch.optim.SGD(
             model.parameters(),
             config.learning_rate,
@@ -176,7 +177,7 @@ def accuracy(model: nn.Module, split: Split, *, device: torch.device) -> float:
     correct = torch.zeros((), device=device, dtype=torch.int64)
     with torch.no_grad():
         for images, labels in batches(split, EVALUATION_BATCH):
-            correct += (model(_to(device, images)).argmax(1) == labels.to(device)).sum()
+            correct += (model(images.to(device, non_blocking=True)).argmax(1) == labels.to(device)).sum()
     return int(correct) / len(split)
 
 
@@ -211,7 +212,7 @@ def _penalty(config: RunConfig, model: nn.Module, data: Data, device: torch.devi
         return nullcontext()
     costs = None
     if config.penalty_normalization == "energy":
-        costs = activation_cost(model, _to(device, data.train.images[: config.batch_size]), config.hardware)
+        costs = activation_cost(model, data.train.images[: config.batch_size].to(device), config.hardware)
     return ActivationPenalty(
         model,
         config.penalty,
@@ -222,8 +223,17 @@ def _penalty(config: RunConfig, model: nn.Module, data: Data, device: torch.devi
     )
 
 
-def _to(device: torch.device, images: Tensor) -> Tensor:
-    return images.to(device, non_blocking=True, memory_format=torch.channels_last)
+def memory_format(model: nn.Module) -> torch.memory_format:
+    """The faster layout of images and weights that is safe for a network: channels last, with one exception.
+
+    oneDNN's weight gradient of a strided 1x1 convolution with fewer than 16 input channels writes past its
+    workspace if channels come last (uxlfoundation/oneDNN#6035): wrong gradients, or a crash.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and max(module.kernel_size) == 1 < max(module.stride):
+            if module.in_channels // module.groups < 16:
+                return torch.contiguous_format
+    return torch.channels_last
 
 
 @contextmanager
