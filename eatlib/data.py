@@ -92,10 +92,7 @@ class Data:
     def class_counts(self) -> dict[str, list[int]]:
         """Images of each class, by split."""
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
-        return {
-            name: split.labels.bincount(minlength=len(self.classes)).tolist()
-            for name, split in splits.items()
-        }
+        return {name: split.labels.bincount(minlength=len(self.classes)).tolist() for name, split in splits.items()}
 
 
 # ---------------------------------------------------------------------------------------------- batches
@@ -480,8 +477,7 @@ class _Gtsrb(_Source):
     def by_hand(self) -> str:
         return (
             f"unpack {self.training_zip[0]}, GTSRB_Final_Test_Images.zip and GTSRB_Final_Test_GT.zip "
-            f"from {self.url} in {self.root / 'gtsrb'}, which makes "
-            + " and ".join(str(path) for path in self.paths)
+            f"from {self.url} in {self.root / 'gtsrb'}, which makes " + " and ".join(str(path) for path in self.paths)
         )
 
     def download(self) -> None:
@@ -578,13 +574,9 @@ class _Folder(_Source):
 
         own_split = [(self.path / name).is_dir() for name in ("train", "test")]
         if any(own_split) and not all(own_split):
-            raise DataError(
-                f"{self.path}: has only one of the folders train and test; it needs both, or none"
-            )
+            raise DataError(f"{self.path}: has only one of the folders train and test; it needs both, or none")
         try:
-            parts = [
-                ImageFolder(self.path / name) for name in (("train", "test") if all(own_split) else ("",))
-            ]
+            parts = [ImageFolder(self.path / name) for name in (("train", "test") if all(own_split) else ("",))]
         except FileNotFoundError as error:
             layout = "images go to CLASS/ or, with a test split of their own, to train/CLASS/ and test/CLASS/"
             raise DataError(f"{self.path}: {error}. {layout}") from error
@@ -616,8 +608,7 @@ def _fetch(source: _Source, root: Path, *, download: bool) -> None:
                     source.download()
                 except Exception as error:  # torchvision and gdown raise what they please
                     raise DataError(
-                        f"{source.name}: download failed ({type(error).__name__}: {error}). "
-                        f"By hand: {source.by_hand()}"
+                        f"{source.name}: download failed ({type(error).__name__}: {error}). By hand: {source.by_hand()}"
                     ) from error
     if missing():
         raise DataError(
@@ -626,9 +617,7 @@ def _fetch(source: _Source, root: Path, *, download: bool) -> None:
         )
 
 
-def _require_complete(
-    source: _Source, train: int, test: int, allow_partial: bool, digest: str | None = None
-) -> None:
+def _require_complete(source: _Source, train: int, test: int, allow_partial: bool, digest: str | None = None) -> None:
     if not train or (not test and source.published):
         raise DataError(f"{source.name}: {train} training and {test} test images found; {source.by_hand()}")
     if allow_partial or source.is_complete(train, test, digest):

@@ -613,6 +613,7 @@ def _show_results(study: Study, results: Path) -> int:
     if status != 0:
         print(f"the figures could not be drawn, see {log}", file=sys.stderr)
         return 1
+    log.unlink()
     for path in (*sorted(folder.glob("*.png")), folder / "tradeoff.ipynb", folder / "tradeoff.html"):
         print(path)
     return 0
