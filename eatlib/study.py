@@ -319,7 +319,7 @@ def run_study(
         count = min(count, len(todo))
         threads = todo[0].config.threads or max(1, _cores() // count)
         cluster = LocalCluster(
-            n_workers=1, threads_per_worker=count, processes=False, dashboard_address=None, silence_logs=50
+            n_workers=1, threads_per_worker=count, processes=False, dashboard_address=":0", silence_logs=50
         )
         client = Client(cluster)
     else:
@@ -595,12 +595,15 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _show_results(study: Study, results: Path) -> int:
+    """Draw the figures, print the table and where everything is; 1 if the figures could not be drawn."""
+    from filelock import FileLock
+
     from eatlib import figures
     from eatlib.results import StudyResults
 
     folder = results / study.name
     log = folder / "work" / "render.log"
-    with log.open("w") as output:
+    with FileLock(log.with_suffix(".lock")), log.open("w") as output:
         status = subprocess.run(
             [sys.executable, "-m", "eatlib.study", "_render", study.name, str(results)],
             stdout=output,
@@ -613,7 +616,7 @@ def _show_results(study: Study, results: Path) -> int:
     if status != 0:
         print(f"the figures could not be drawn, see {log}", file=sys.stderr)
         return 1
-    log.unlink()
+    log.unlink(missing_ok=True)
     for path in (*sorted(folder.glob("*.png")), folder / "tradeoff.ipynb", folder / "tradeoff.html"):
         print(path)
     return 0
