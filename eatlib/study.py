@@ -325,7 +325,7 @@ def run_study(
     else:
         cluster = None
         try:
-            client = Client(scheduler, timeout=10)
+            client = Client(scheduler, timeout=5)
         except (OSError, TimeoutError, ValueError) as error:
             raise StudyError(f"no Dask scheduler answers at {scheduler}: {error}") from None
         threads = todo[0].config.threads or 1
@@ -453,21 +453,24 @@ class _Progress:
 
     def tick(self) -> None:
         """Keep the bar up to date from what the runs write after each epoch."""
+        shares: dict[str, float] = {}
         while self._bar is not None and not self._closed.wait(0.5):
-            shares, texts = 0.0, []
-            for job in list(self._open.values()):
+            texts = []
+            running = list(self._open.values())
+            for job in running:
                 try:
                     state = json.loads((job.work / "progress.json").read_text())
                 except (OSError, ValueError):
                     continue
-                shares += state["epoch"] / state["epochs"]
+                config = job.config
+                shares[job.name] = state["epoch"] / state["epochs"]
                 texts.append(
-                    f"{job.config.model} {job.config.dataset} lambda {job.config.lambda_:g} seed {job.config.seed}: "
+                    f"{config.model} {config.dataset} lambda {config.lambda_:g} seed {config.seed}: "
                     f"epoch {state['epoch']}/{state['epochs']}, {state['images_per_second']:.0f} images/s"
                 )
-            self._bar.n = self._bar.total - len(self._open) + shares
             more = f" and {len(texts) - 2} more" if len(texts) > 2 else ""
-            self._bar.set_postfix_str("; ".join(texts[:2]) + more)
+            self._bar.n = self._bar.total - len(running) + sum(shares.get(job.name, 0) for job in running)
+            self._bar.set_postfix_str("; ".join(texts[:2]) + more if texts else "starting")
 
     def finished(self, job: Job, outcome: Outcome) -> None:
         """Say how a run ended."""

@@ -154,25 +154,42 @@ def test_interrupting_a_study_keeps_what_is_finished_and_leaves_no_process(tmp_p
     assert list(tmp_path.glob("*/work/*/checkpoint/*")), "the next call has something to resume from"
 
 
-def test_a_study_runs_on_a_cluster(tmp_path):
-    scheduler_file = tmp_path / "scheduler.json"
-    dask = [str(Path(sys.executable).with_name("dask"))]
+@pytest.fixture
+def cluster(tmp_path):
+    """The address of a Dask scheduler with one worker, both processes on this machine, and the worker's pid file."""
+    file = tmp_path / "scheduler.json"
+    dask = str(Path(sys.executable).with_name("dask"))
+    common = ["--scheduler-file", str(file), "--host", "127.0.0.1", "--no-dashboard"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    options = ["--scheduler-file", str(scheduler_file), "--host", "127.0.0.1", "--no-dashboard"]
-    cluster = [
-        subprocess.Popen([*dask, "scheduler", "--port", "0", *options[:4], "--no-dashboard"], env=environment),
-        subprocess.Popen([*dask, "worker", "--nthreads", "2", *options], env=environment, cwd=tmp_path),
+    processes = [
+        subprocess.Popen([dask, "scheduler", "--port", "0", *common], env=environment),
+        subprocess.Popen([dask, "worker", "--nthreads", "2", *common], env=environment, cwd=tmp_path),
     ]
-    try:
-        wait_for(scheduler_file.exists)
-        address = json.loads(scheduler_file.read_text())["address"]
-        done = command("run", "smoke", "--results", str(tmp_path), DASK_SCHEDULER_ADDRESS=address)
-        assert done.returncode == 0, done.stderr
-        assert len(StudyResults.load(tmp_path / "smoke").results) == 2
-    finally:
-        for process in cluster:
-            process.terminate()
-            process.wait()
+    wait_for(file.exists)
+    yield json.loads(file.read_text())["address"]
+    for process in processes:
+        process.terminate()
+        process.wait()
+
+
+def test_a_study_runs_on_a_cluster(tmp_path, cluster):
+    done = command("run", "smoke", "--results", str(tmp_path), DASK_SCHEDULER_ADDRESS=cluster)
+    assert done.returncode == 0, done.stderr
+    assert len(StudyResults.load(tmp_path / "smoke").results) == 2
+
+
+def test_a_worker_that_dies_is_replaced(tmp_path, cluster):
+    from dask.distributed import Client
+
+    arguments = ["run", "smoke", "--set", "epochs=40", "--results", str(tmp_path), "--scheduler", cluster]
+    runner = subprocess.Popen([sys.executable, "-m", "eatlib.study", *arguments], stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: list(tmp_path.glob("*/work/*/progress.json")))
+    with Client(cluster) as client:
+        (process,) = client.run(os.getpid).values()
+    os.kill(process, signal.SIGKILL)
+    output, _ = runner.communicate(timeout=300)
+    assert runner.returncode == 0, output
+    assert len(StudyResults.load(tmp_path / "smoke@epochs=40").results) == 2
 
 
 @pytest.mark.parametrize(
