@@ -33,6 +33,11 @@ RESULTS = ROOT / "results"
 TRAIN_NOTEBOOK = ROOT / "notebooks" / "1_train.ipynb"
 TRADEOFF_NOTEBOOK = ROOT / "notebooks" / "2_tradeoff.ipynb"
 
+TRAINING_CODE = [
+    f"eatlib/{module}.py" for module in ("config", "data", "models", "activations", "penalties", "energy", "training")
+]
+"""What decides the numbers in a result; when it changes, older results are stale."""
+
 MEMORY_PER_RUN = 2 << 30
 """Bytes of memory that the default number of workers allows each run."""
 BUSY = 3
@@ -270,11 +275,11 @@ def jobs(study: Study, results: Path) -> list[Job]:
 
 
 def code_changed(result: RunResult) -> bool | None:
-    """Whether the training code differs from what made this result; None if git cannot tell."""
+    """Whether `TRAINING_CODE` differs from what made this result; None if git cannot tell."""
     commit = result.provenance.git_commit
     if commit is None or not result.provenance.git_clean:
         return None
-    command = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", "eatlib", str(TRAIN_NOTEBOOK)]
+    command = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", *TRAINING_CODE]
     status = subprocess.run(command, capture_output=True).returncode
     return {0: False, 1: True}.get(status)
 

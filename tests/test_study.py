@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from eatlib.config import RunConfig, Study
 from eatlib.results import ROOT, RunResult, StudyResults
-from eatlib.study import BUSY, TRAIN_NOTEBOOK, Job, execute, load_study, run_study
+from eatlib.study import BUSY, TRAIN_NOTEBOOK, TRAINING_CODE, Job, code_changed, execute, load_study, run_study
 
 SMALL = {
     "dataset": "digits",
@@ -232,6 +232,47 @@ def test_a_dry_run_shows_the_runs_and_changes_nothing(tmp_path):
     assert done.returncode == 0
     assert done.stdout.count("missing") == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_results_of_other_code_are_stale(tmp_path, monkeypatch, make_result):
+    def git(*arguments):
+        identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+        done = subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    code = tmp_path / TRAINING_CODE[0]
+    code.parent.mkdir()
+    code.write_text("old")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "one")
+    monkeypatch.setattr("eatlib.study.ROOT", tmp_path)
+    here = {"git_commit": git("rev-parse", "HEAD"), "git_clean": True}
+    made = make_result()
+
+    def changed(**provenance):
+        return code_changed(made.model_copy(update={"provenance": made.provenance.model_copy(update=provenance)}))
+
+    assert changed(**here) is False
+    (tmp_path / "README.md").write_text("new")
+    assert changed(**here) is False
+    code.write_text("new")
+    assert changed(**here) is True
+    assert changed(git_commit=here["git_commit"], git_clean=False) is None
+    assert changed(git_commit="0" * 40, git_clean=True) is None
+    assert changed(git_commit=None, git_clean=None) is None
+
+
+def test_force_executes_what_has_a_result(tmp_path):
+    study = small_study([0], epochs=1)
+    assert len(run_study(study, tmp_path)) == 1
+    assert run_study(study, tmp_path) == []
+    (path,) = (tmp_path / "small").glob("*.json")
+    before = path.stat().st_ino, RunResult.load(path).test
+    (outcome,) = run_study(study, tmp_path, force=True)
+    assert outcome.status == "done"
+    assert path.stat().st_ino != before[0]
+    assert RunResult.load(path).test == before[1]
 
 
 def test_clean_keeps_the_results(tmp_path, make_result):
