@@ -160,14 +160,14 @@ def tradeoff_figure(table: pd.DataFrame, margin: float, accounting: str = "publi
                 s=42,
                 color=COLORS[side],
                 marker=marker,
-                label=side,
+                label=side if side == STANDARD else f"{side}, at the λ below",
                 edgecolor="white",
                 zorder=3,
             )
         for value, point in means.iterrows():
             if value > 0:
                 axis.annotate(
-                    f"λ={value:g}",
+                    f"{value:g}",
                     (point[ratio], point["test_accuracy"]),
                     textcoords="offset points",
                     xytext=(0, -13),
