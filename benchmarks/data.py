@@ -2,11 +2,11 @@
 
     python benchmarks/data.py [--data-dir DIR] [--rounds 3] [--batch-size 512] [--threads 2]
 
-CIFAR-10 if it is in the data folder, else made-up images of the same number and size. Both sides deliver
-shuffled uint8 batches, cropped with padding 4 and flipped, or cropped and turned; the DataLoader through Pillow
-images, as in the authors' code. "Cold" is from nothing in memory (eatlib: its cache; torchvision: its pickles)
-to the end of the first epoch, "warm" a later epoch. The contenders' epochs alternate, medians are printed; then
-what augmenting is of a training step of a quarter-wide ResNet-18.
+CIFAR-10 if it is in the data folder, else made-up images of the same number and size. Both sides give
+shuffled uint8 batches, cropped with padding 4 and flipped, or cropped and turned; the DataLoader goes through
+Pillow, as the authors' code does. "Cold" is from nothing in memory (eatlib: its cache; torchvision: its
+pickles) to the end of the first epoch, "warm" a later epoch. The contenders' epochs alternate, medians are
+printed; then what augmenting is of a training step of a quarter-wide ResNet-18.
 """
 
 import argparse
