@@ -1,4 +1,4 @@
-"""Splits, batches, augmentation; each source in a made-up copy, and the real images where they are at hand."""
+"""Splits, batches, augmentation; each source in a made-up copy, and the real images where there are any."""
 
 import os
 import pickle
@@ -240,7 +240,7 @@ def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def gtsrb(tmp_path: Path) -> Path:
-    """Classes 1 and 7 with 5 tracks of 3 images, in the colour (class, track, 0); 4 test images, one absent."""
+    """Classes 1 and 7, 5 tracks of 3 images, in the colour (class, track, 0); 4 test images, one absent."""
     root = tmp_path / "gtsrb"
     for label in (1, 7):
         for track in range(5):
@@ -334,6 +334,11 @@ def test_gtsrb_keeps_tracks_together(gtsrb):
     assert len(data.classes) == 43
     assert data.classes[14] == "stop"
     assert not data.info.complete
+
+
+def test_a_set_of_the_published_counts_is_complete(gtsrb, monkeypatch):
+    monkeypatch.setattr(module._Gtsrb, "published", (30, 3))
+    assert load_data(RunConfig(dataset="gtsrb", data_dir=gtsrb)).info.complete
 
 
 def test_gtsrb_with_a_foreign_class_or_table_is_refused(gtsrb):
