@@ -102,9 +102,7 @@ def main() -> None:
         epochs[name, "eatlib"] = lambda name=name: drain(training_batches(train, size, name, generator))
         pillow = PillowImages(train, name)
         for workers in sorted({0, options.threads}):
-            loader = DataLoader(
-                pillow, size, shuffle=True, num_workers=workers, persistent_workers=workers > 0
-            )
+            loader = DataLoader(pillow, size, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
             epochs[name, f"DataLoader, {workers} workers"] = lambda loader=loader: drain(loader)
     times: dict[tuple[str, str], list[float]] = {key: [] for key in epochs}
     for turn in range(options.rounds + 1):
@@ -129,9 +127,7 @@ def main() -> None:
     step()
     print()
     for name in TRANSFORMS:
-        pairs = [
-            (seconds(lambda name=name: augment(images, name, generator)), seconds(step)) for _ in range(5)
-        ]
+        pairs = [(seconds(lambda name=name: augment(images, name, generator)), seconds(step)) for _ in range(5)]
         augmenting, stepping = (statistics.median(column) for column in zip(*pairs, strict=True))
         print(
             f"{name} of a batch: {augmenting * 1e3:.1f} ms, {augmenting / stepping:.2%} of a training step "

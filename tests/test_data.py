@@ -116,9 +116,7 @@ def test_an_epoch_has_every_image_once_in_a_seeded_order():
     assert again.equal(labels)
 
 
-@pytest.mark.parametrize(
-    ("count", "sizes"), [(90, [30, 30, 30]), (92, [30, 30, 30, 2]), (91, [30, 30, 31]), (1, [1])]
-)
+@pytest.mark.parametrize(("count", "sizes"), [(90, [30, 30, 30]), (92, [30, 30, 30, 2]), (91, [30, 30, 31]), (1, [1])])
 def test_a_last_batch_of_one_joins_the_one_before(count, sizes):
     epoch = training_batches(numbered(count), 30, "none", seeded())
     assert [len(labels) for _, labels in epoch] == sizes
@@ -200,9 +198,7 @@ def test_augmentation_is_seeded(name):
 
 
 def test_an_unknown_augmentation_is_refused():
-    with pytest.raises(
-        ValueError, match="augmentation = 'flip': must be none, crop, crop_flip or crop_rotate"
-    ):
+    with pytest.raises(ValueError, match="augmentation = 'flip': must be none, crop, crop_flip or crop_rotate"):
         augment(ramp(1), "flip", seeded())
 
 
@@ -317,13 +313,10 @@ def test_damaged_pickles_are_reported(cifar10):
 
 def test_gtsrb_keeps_tracks_together(gtsrb):
     for seed in range(3):
-        config = RunConfig(
-            dataset="gtsrb", data_dir=gtsrb, allow_partial=True, validation_share=0.4, split_seed=seed
-        )
+        config = RunConfig(dataset="gtsrb", data_dir=gtsrb, allow_partial=True, validation_share=0.4, split_seed=seed)
         data = load_data(config)
         tracks = [
-            {tuple(color) for color in split.images[:, :2, 0, 0].tolist()}
-            for split in (data.train, data.validation)
+            {tuple(color) for color in split.images[:, :2, 0, 0].tolist()} for split in (data.train, data.validation)
         ]
         assert not tracks[0] & tracks[1]
         assert (len(tracks[0]), len(tracks[1])) == (6, 4)
@@ -605,9 +598,7 @@ def test_the_real_celeba_has_the_labels_of_its_lists(real_images):
     assert data.train.images.shape[1:] == (3, 64, 64)
     lines = (real_images / "celeba/list_attr_celeba.txt").read_text().splitlines()[1:]
     columns = [lines[0].split().index(name) + 1 for name in module._CelebA.attributes]
-    partition = dict(
-        line.split() for line in (real_images / "celeba/list_eval_partition.txt").read_text().splitlines()
-    )
+    partition = dict(line.split() for line in (real_images / "celeba/list_eval_partition.txt").read_text().splitlines())
     present = {path.name for path in (real_images / "celeba/img_align_celeba").iterdir()}
     expected = {"0": [], "1": [], "2": []}
     for line in lines[1:]:
