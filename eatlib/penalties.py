@@ -6,7 +6,7 @@ for the loss; on the CPU it computes the same functions in blocks that stay in a
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
@@ -15,6 +15,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from eatlib.activations import LayerCall, Watch, leaf_modules
 from eatlib.models import count_parameters
@@ -168,92 +169,81 @@ def _order(x: Tensor) -> list[int]:
     return sorted(range(x.dim()), key=x.stride, reverse=True)
 
 
-def _blocks(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Blocks of vectors, the first one's in float32, and a scratch of the same size."""
-    size = max(1, min(_BLOCK, x.numel()))
-    scratch = torch.empty(size)
-    upcast = None if x.dtype == torch.float32 else torch.empty(size)
-    for block, *rest in zip(*(vector.split(size) for vector in (x, *others)), strict=True):
-        if upcast is not None:
-            block = upcast[: len(block)].copy_(block).clamp_(-_LARGEST, _LARGEST)
-        yield block, *rest, scratch[: len(block)]
+def _is_dense(x: Tensor) -> bool:
+    return _flatten(x, x).data_ptr() == x.data_ptr()
 
 
-class _Site:
-    """The penalty of one call of one layer.
-
-    Its gradient has to join the one that comes from above. That one may be held by others too, so that
-    `_Penalize.backward` cannot add to it in place and would have to make a copy. What a ReLU passes on is its own,
-    fresh, and zero gradient where the ReLU is zero is right for every penalty: there `add_in_relu` adds in place.
-    """
-
-    def __init__(self, surrogate: _Surrogate, sigma: float, scale: float) -> None:
-        self.in_relu = False
-        self._surrogate = surrogate
-        self._sigma = sigma
-        self._scale = scale
-        self._sums: list[float] = []
-        self._waiting: tuple[Tensor, float] | None = None
-
-    def value(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
-            return self._surrogate.formula(x, self._sigma) * self._scale
-        blocks = _blocks(_flatten(x, x))
-        parts = [self._surrogate.sums(block, self._sigma, scratch) for block, scratch in blocks]
-        self._sums = [math.fsum(part.item() for part in column) for column in zip(*parts, strict=True)]
-        value = self._surrogate.value(self._sums, x.numel(), self._sigma) if x.numel() else 0.0
-        return torch.tensor(value * self._scale, dtype=torch.float32)
-
-    def gradient(self, x: Tensor, above: Tensor | None, factor: Tensor) -> Tensor:
-        """`above` plus `factor` times the penalty's gradient at `x`, or `above` alone if the ReLU adds the rest."""
-        if x.device.type != "cpu":
-            with torch.enable_grad():
-                x = x.detach().requires_grad_()
-                value = self._surrogate.formula(x, self._sigma)
-            (own,) = torch.autograd.grad(value, x, factor * self._scale)
-            return own if above is None else above + own
-        if self.in_relu and above is not None:
-            self._waiting = x, factor.item()
-            return above
-        vector = x.new_zeros(x.numel()) if above is None else _flatten(above, x).clone()
-        self._add_gradient(vector, x, factor.item())
-        return _unflatten(vector, x)
-
-    def add_in_relu(self, gradients: tuple[Tensor], _: Any) -> tuple[Tensor] | None:
-        """Hook of a ReLU's backward node; `gradients` is what it is about to pass on."""
-        if self._waiting is None:
-            return None
-        (x, factor), self._waiting = self._waiting, None
-        vector = _flatten(gradients[0], x)
-        self._add_gradient(vector, x, factor)
-        return None if vector.data_ptr() == gradients[0].data_ptr() else (_unflatten(vector, x),)
-
-    @torch.no_grad()
-    def _add_gradient(self, vector: Tensor, x: Tensor, factor: float) -> None:
-        for block, target, scratch in _blocks(_flatten(x, x), vector):
-            sum_ = target if target.dtype == torch.float32 else target.float()
-            self._surrogate.add_gradient(sum_, block, self._sigma, factor * self._scale, self._sums, scratch)
-            if sum_ is not target:
-                target.copy_(sum_)
+def _upcast(block: Tensor) -> Tensor:
+    return block if block.dtype == torch.float32 else block.float().clamp_(-_LARGEST, _LARGEST)
 
 
 class _Penalize(torch.autograd.Function):
-    """x -> x, and its penalty."""
+    """A layer's output and its penalty; with `rectify`, ReLU and penalty in one pass over memory each way.
+
+    Nothing is kept for the gradient but the output, which ReLU keeps as well.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, site: _Site) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, surrogate: _Surrogate, sigma: float, rectify: bool, inplace: bool
+    ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
+        ctx.surrogate, ctx.sigma, ctx.rectify = surrogate, sigma, rectify
+        if inplace:
+            ctx.mark_dirty(x)
+        if x.device.type != "cpu":
+            if rectify:
+                x = x.relu_() if inplace else x.relu()
+            ctx.save_for_backward(x)
+            return x, surrogate.formula(x, sigma)
+        vector = _flatten(x, x)
+        output = torch.empty_like(vector) if rectify and not inplace else vector
+        scratch = torch.empty(min(_BLOCK, len(vector)))
+        parts = []
+        for before, block in zip(vector.split(_BLOCK), output.split(_BLOCK), strict=True):
+            if rectify:
+                torch.clamp_min(before, 0, out=block)
+            parts.append(surrogate.sums(_upcast(block), sigma, scratch[: len(block)]))
+        ctx.sums = [math.fsum(part.item() for part in column) for column in zip(*parts, strict=True)]
+        if output is not vector:
+            x = _unflatten(output, x)
         ctx.save_for_backward(x)
-        ctx.site = site
-        return x, site.value(x)
+        return x, torch.tensor(surrogate.value(ctx.sums, x.numel(), sigma), dtype=torch.float32)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, above: Tensor | None, factor: Tensor | None) -> tuple[Tensor | None, None]:
-        if factor is None:
-            return above, None
+    def backward(ctx: Any, above: Tensor | None, factor: Tensor | None) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        return ctx.site.gradient(x, above, factor), None
+        if above is None:
+            above = torch.zeros_like(x)
+        if factor is None:
+            gradient = _relu_gradient(above, x) if ctx.rectify else above
+        elif x.device.type != "cpu":
+            gradient = _relu_gradient(above, x) if ctx.rectify else above
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_()
+                value = ctx.surrogate.formula(leaf, ctx.sigma)
+            gradient = gradient + torch.autograd.grad(value, leaf, factor)[0]
+        else:
+            vectors = _flatten(x, x), _flatten(above, x), torch.empty(x.numel(), dtype=x.dtype)
+            scratch = torch.empty(min(_BLOCK, x.numel()))
+            for block, incoming, target in zip(*(vector.split(_BLOCK) for vector in vectors), strict=True):
+                if ctx.rectify:
+                    torch.ops.aten.threshold_backward.grad_input(incoming, block, 0, grad_input=target)
+                else:
+                    target.copy_(incoming)
+                total = target if target.dtype == torch.float32 else torch.zeros_like(target, dtype=torch.float32)
+                ctx.surrogate.add_gradient(
+                    total, _upcast(block), ctx.sigma, factor.item(), ctx.sums, scratch[: len(block)]
+                )
+                if total is not target:
+                    target.add_(total)
+            gradient = _unflatten(vectors[2], x)
+        return gradient, None, None, None, None
+
+
+def _relu_gradient(above: Tensor, output: Tensor) -> Tensor:
+    return torch.ops.aten.threshold_backward(above, output, 0)
 
 
 # --- in a model -----------------------------------------------------------------------------------------------------
@@ -325,6 +315,13 @@ class ActivationPenalty:
         self._with_gradient = False
         chosen = choose_layers(model, layers)
         self._watch = Watch(model, self._on_call, modules=chosen, on_start=self._start, on_end=self._end)
+        # By identity: two paths may lead to one module, and one that is replaced already is left alone.
+        self._relus = [
+            m for m in map(leaf_modules(model).get, chosen) if type(m) is nn.ReLU and "forward" not in vars(m)
+        ]
+        self._fused: Tensor | None = None
+        for relu in self._relus:
+            self._fuse(relu)
         _attached.add(model)
 
     def __call__(self) -> Tensor:
@@ -343,6 +340,9 @@ class ActivationPenalty:
     def detach(self) -> None:
         """Leave the model as it was; a second call does nothing."""
         self._watch.close()
+        for relu in self._relus:
+            del relu.forward
+        self._relus = []
         self._values = []
         _attached.discard(self._model)
 
@@ -375,27 +375,35 @@ class ActivationPenalty:
                 f"{call.name} runs without gradients inside a pass with gradients, so that its penalty would have none: "
                 "checkpoint with use_reentrant=False, or leave the layer out of `layers`"
             )
-        scale = self._scale(call.name, x)
+        output = None
         if torch.compiler.is_compiling():
-            value, output = self._surrogate.formula(x, self._sigma) * scale, None
+            value = self._surrogate.formula(x, self._sigma)  # the compiler fuses it with what is around it
+        elif self._fused is not None:
+            value, self._fused = self._fused, None
+        elif isinstance(call.module, nn.ReLU) or getattr(call.module, "inplace", False):
+            # Its own gradient needs this output, so that no later layer may overwrite it.
+            output, value = self._penalize(x)
         else:
-            value, output = self._penalize(call.module, x, scale)
+            _, value = self._penalize(x.clone())
         if self._active:
-            self._values.append(value)
+            self._values.append(value * self._scale(call.name, x))
         return output
 
-    def _penalize(self, module: nn.Module, x: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
-        site = _Site(self._surrogate, self._sigma, scale)
-        node = x.grad_fn
-        if not (isinstance(module, nn.ReLU) or getattr(module, "inplace", False)):
-            # The next layer may overwrite this output. Activation functions that work in place, and ReLU in any case,
-            # need it for their own gradient, so that nothing can.
-            return _Penalize.apply(x.clone(), site)[1], None
-        output, value = _Penalize.apply(x, site)
-        if node is not None and node.name() == "ReluBackward0":
-            site.in_relu = True
-            node.register_hook(site.add_in_relu)
-        return value, output
+    def _penalize(self, x: Tensor, *, rectify: bool = False, inplace: bool = False) -> tuple[Tensor, Tensor]:
+        return _Penalize.apply(x, self._surrogate, self._sigma, rectify, inplace)
+
+    def _fuse(self, relu: nn.ReLU) -> None:
+        """Have a module compute ReLU and penalty together, until `detach`."""
+
+        def forward(x: Tensor) -> Tensor:
+            inplace = relu.inplace
+            fusible = not inplace or (_is_dense(x) and not x._is_view())  # what may be overwritten block by block
+            if torch.compiler.is_compiling() or not (self._model.training and fusible):
+                return F.relu(x, inplace)
+            output, self._fused = self._penalize(x, rectify=True, inplace=inplace)
+            return output
+
+        relu.forward = forward
 
     def _scale(self, name: str, x: Tensor) -> float:
         if self._normalization == "layer_mean":
