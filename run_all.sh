@@ -39,7 +39,7 @@ arguments=()
 while [ $# -gt 0 ]; do
   case $1 in
     -h | --help) usage; exit 0 ;;
-    --test) action=test; shift; arguments=("$@"); break ;;
+    --test) action="test"; shift; arguments=("$@"); break ;;
     --setup) action=setup ;;
     --dry-run | --force | --stale | --download | --quiet) arguments+=("$1") ;;
     --workers | --scheduler | --results)

@@ -366,17 +366,13 @@ class _Pass:
     def operator(self, call: OperatorCall) -> Any:
         packet = call.function.overloadpacket
         operands = [
-            (x, value)
-            for x in _tensors((call.arguments, call.keywords))
-            if (value := self._value(x)) is not None
+            (x, value) for x in _tensors((call.arguments, call.keywords)) if (value := self._value(x)) is not None
         ]
         if not operands:
             return self._run(call)
         moves = call.function.is_view or packet in _MOVES
         pointwise = torch.Tag.pointwise in call.function.tags
-        where = (
-            f"{call.name or 'the network itself'}: {packet.__name__}{' (element-wise)' if pointwise else ''}"
-        )
+        where = f"{call.name or 'the network itself'}: {packet.__name__}{' (element-wise)' if pointwise else ''}"
         if not (call.in_leaf or moves):
             self.uncounted["published"][where] = None
         if packet in _PRODUCTS:

@@ -1,16 +1,22 @@
-"""Tables and figures from the results of a study."""
+"""Tables and figures from the results of a study.
 
+    python -m eatlib.figures README.md
+
+writes the tables of the committed results between the file's `<!-- results:STUDY -->` and `<!-- /results -->`.
+"""
+
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eatlib.config import RunConfig
-from eatlib.results import Epoch, LayerFiring, RunResult
+from eatlib.results import ROOT, Epoch, LayerFiring, RunResult, StudyResults
 
 GROUP = ["dataset", "model"]
 SETTING = ["penalty", "penalty_layers", "penalty_normalization", "sigma", "warmup_epochs", "lambda"]
@@ -31,6 +37,8 @@ COLORS = {STANDARD: "#0072b2", AWARE: "#d55e00"}
 
 def use_style() -> None:
     """The look of all figures: seaborn's paper context on a white grid."""
+    import seaborn as sns  # a slow import that a training run does without
+
     sns.set_theme(context="paper", style="whitegrid", palette="colorblind", font_scale=1.1)
     plt.rcParams.update({"figure.dpi": 110, "savefig.dpi": 200, "savefig.bbox": "tight"})
 
@@ -159,7 +167,7 @@ def tradeoff_figure(table: pd.DataFrame, margin: float, accounting: str = "publi
         for value, point in means.iterrows():
             if value > 0:
                 axis.annotate(
-                    f"{value:g}",
+                    f"λ={value:g}",
                     (point[ratio], point["test_accuracy"]),
                     textcoords="offset points",
                     xytext=(0, -13),
@@ -193,17 +201,14 @@ def tradeoff_figure(table: pd.DataFrame, margin: float, accounting: str = "publi
 
 def firing_bars(axis: Axes, sides: dict[str, list[LayerFiring]]) -> None:
     """Share of firing (non-zero) outputs of each layer, in network order, one bar a training."""
-    frame = pd.DataFrame(
-        [
-            {"layer": layer.name, "kind": layer.kind, "firing": layer.firing, "training": side}
-            for side, layers in sides.items()
-            for layer in layers
-        ]
-    )
-    sns.barplot(frame, x="layer", y="firing", hue="training", palette=COLORS if len(sides) > 1 else None, ax=axis)
-    axis.set(xlabel="", ylabel="firing share", ylim=(0, 1))
-    axis.tick_params(axis="x", rotation=90, labelsize=7)
-    axis.legend(title="", frameon=False, loc="upper center", ncols=2, bbox_to_anchor=(0.5, 1.12))
+    width = 0.8 / len(sides)
+    for index, (side, layers) in enumerate(sides.items()):
+        places = [position + (index - (len(sides) - 1) / 2) * width for position in range(len(layers))]
+        axis.bar(places, [layer.firing for layer in layers], width, color=COLORS[side], label=side)
+        axis.set_xticks(range(len(layers)), [layer.name for layer in layers], rotation=90, fontsize=7)
+    axis.set(ylabel="firing share", ylim=(0, 1))
+    axis.grid(visible=False, axis="x")
+    axis.legend(frameon=False, loc="lower right", ncols=2, bbox_to_anchor=(1, 1))
 
 
 def firing_figure(results: Sequence[RunResult], chosen: pd.DataFrame, *, label: str = "") -> Figure:
@@ -257,3 +262,31 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
         # The date would make each rendering of the same results another file.
         figure.savefig(path, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
     return paths
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table of text as Markdown."""
+    rows = [table.columns, ["---"] * len(table.columns), *table.itertuples(index=False)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def fill_in(text: str, reference: Path = ROOT / "results" / "reference") -> str:
+    """`text` with the table and picture of each study that it marks, from the committed results."""
+
+    def section(match: re.Match[str]) -> str:
+        name = match[1]
+        found = StudyResults.load(reference / name)
+        summary = readable(tradeoff_table(found.table(), found.study.margin))
+        picture = f"results/reference/{name}/tradeoff.png"
+        return (
+            f"<!-- results:{name} -->\n**{found.study.label}**\n\n{markdown(summary)}\n\n"
+            f"![Test accuracy against energy ratio, study {name}]({picture})\n<!-- /results -->"
+        )
+
+    return re.sub(r"<!-- results:([\w.-]+) -->.*?<!-- /results -->", section, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        path = Path(argument)
+        path.write_text(fill_in(path.read_text()))

@@ -230,6 +230,19 @@ class StudyResults:
             problems=problems,
         )
 
+    def code(self) -> str:
+        """Which commits the results were made by, in a sentence; several are never mixed silently."""
+        commits = {}
+        for result in self.results:
+            commit = result.provenance.git_commit
+            name = "code outside git" if commit is None else f"commit {commit[:10]}"
+            clean = "" if result.provenance.git_clean or commit is None else " with uncommitted changes"
+            commits[name + clean] = commits.get(name + clean, 0) + 1
+        if len(commits) == 1:
+            return f"All runs were made by {next(iter(commits))}."
+        parts = ", ".join(f"{count} by {name}" for name, count in commits.items())
+        return f"MIXED: the runs were made by different versions of the code: {parts}."
+
     def table(self) -> "pd.DataFrame":
         """One row a run: the configuration's fields, and accuracies and energies as `<split>_<quantity>`."""
         import pandas as pd  # a slow import that a training run does without

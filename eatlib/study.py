@@ -33,6 +33,11 @@ RESULTS = ROOT / "results"
 TRAIN_NOTEBOOK = ROOT / "notebooks" / "1_train.ipynb"
 TRADEOFF_NOTEBOOK = ROOT / "notebooks" / "2_tradeoff.ipynb"
 
+TRAINING_CODE = [
+    f"eatlib/{module}.py" for module in ("config", "data", "models", "activations", "penalties", "energy", "training")
+]
+"""What decides the numbers in a result; when it changes, older results are stale."""
+
 MEMORY_PER_RUN = 2 << 30
 """Bytes of memory that the default number of workers allows each run."""
 BUSY = 3
@@ -67,6 +72,14 @@ class Job:
     def work(self) -> Path:
         return self.folder / "work" / self.name
 
+    @property
+    def lock(self) -> Path:
+        return self.work.parent / f"{self.name}.lock"
+
+    @property
+    def log(self) -> Path:
+        return self.work.parent / f"{self.name}.log"
+
     def load(self) -> RunResult | None:
         """The result if the run is done: it is there, validates, and is of this very configuration."""
         try:
@@ -100,11 +113,13 @@ def execute(job: Job, *, force: bool, wait: bool) -> int:
     The lock belongs to the process and ends with it, however it ends. The notebook writes its result into the
     work folder; only one that validates is moved to where it counts.
     """
+    # At import, jsonschema's optional check of international addresses compiles a grammar, for over a second.
+    sys.modules.setdefault("rfc3987_syntax", None)
     import papermill
     from filelock import FileLock, Timeout
 
     job.work.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(job.work.with_suffix(".lock"), timeout=-1 if wait else 0)
+    lock = FileLock(job.lock, timeout=-1 if wait else 0)
     try:
         lock.acquire()
     except Timeout:
@@ -161,8 +176,7 @@ def run_process(job: Job, *, force: bool, wait: bool, threads: int, stop: Path, 
         gpus: identifiers of local GPUs to take one of; empty: leave the choice to the environment.
     """
     start = time.monotonic()
-    log = job.work.with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
+    job.log.parent.mkdir(parents=True, exist_ok=True)
     environment = _environment() | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     gpu = _take_gpu(gpus)
     if gpu is not None:
@@ -174,7 +188,7 @@ def run_process(job: Job, *, force: bool, wait: bool, threads: int, stop: Path, 
         "wait": wait,
     }
     try:
-        with log.open("w") as output:
+        with job.log.open("w") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "eatlib.study", "_execute", json.dumps(request)],
                 stdout=output,
@@ -198,9 +212,9 @@ def run_process(job: Job, *, force: bool, wait: bool, threads: int, stop: Path, 
     if stop.exists():
         return Outcome(job.name, "stopped", seconds)
     if process.returncode == 0 and job.load() is not None:
-        log.unlink(missing_ok=True)
+        job.log.unlink(missing_ok=True)
         return Outcome(job.name, "done", seconds)
-    return Outcome(job.name, "failed", seconds, _last_error(job, log, process.returncode))
+    return Outcome(job.name, "failed", seconds, _last_error(job, process.returncode))
 
 
 def _environment() -> dict[str, str]:
@@ -222,7 +236,7 @@ def _take_gpu(gpus: list[str]) -> str | None:
     return None
 
 
-def _last_error(job: Job, log: Path, status: int) -> str:
+def _last_error(job: Job, status: int) -> str:
     """What went wrong, in a few lines: the notebook's error if it holds one, else the end of the log."""
     try:
         cells = json.loads(job.notebook.read_text())["cells"]
@@ -232,7 +246,7 @@ def _last_error(job: Job, log: Path, status: int) -> str:
         for output in cell.get("outputs", []):
             if output.get("output_type") == "error":
                 return f"{output['ename']}: {output['evalue']}"
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in job.log.read_text(errors="replace").splitlines() if line.strip()]
     return "\n".join(lines[-3:]) or f"the run's process ended with status {status} and no message"
 
 
@@ -261,11 +275,11 @@ def jobs(study: Study, results: Path) -> list[Job]:
 
 
 def code_changed(result: RunResult) -> bool | None:
-    """Whether the training code differs from what made this result; None if git cannot tell."""
+    """Whether `TRAINING_CODE` differs from what made this result; None if git cannot tell."""
     commit = result.provenance.git_commit
     if commit is None or not result.provenance.git_clean:
         return None
-    command = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", "eatlib", str(TRAIN_NOTEBOOK)]
+    command = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", *TRAINING_CODE]
     status = subprocess.run(command, capture_output=True).returncode
     return {0: False, 1: True}.get(status)
 
@@ -310,13 +324,13 @@ def run_study(
         count = min(count, len(todo))
         threads = todo[0].config.threads or max(1, _cores() // count)
         cluster = LocalCluster(
-            n_workers=1, threads_per_worker=count, processes=False, dashboard_address=None, silence_logs=50
+            n_workers=1, threads_per_worker=count, processes=False, dashboard_address=":0", silence_logs=50
         )
         client = Client(cluster)
     else:
         cluster = None
         try:
-            client = Client(scheduler, timeout=10)
+            client = Client(scheduler, timeout=5)
         except (OSError, TimeoutError, ValueError) as error:
             raise StudyError(f"no Dask scheduler answers at {scheduler}: {error}") from None
         threads = todo[0].config.threads or 1
@@ -414,10 +428,9 @@ def _wait_for_end(todo: list[Job], timeout: float = 10) -> None:
 
     deadline = time.monotonic() + timeout
     for job in todo:
-        path = job.work.with_suffix(".lock")
-        if path.exists():
+        if job.lock.exists():
             try:
-                FileLock(path, timeout=max(0, deadline - time.monotonic())).acquire().lock.release()
+                FileLock(job.lock, timeout=max(0, deadline - time.monotonic())).acquire().lock.release()
             except Timeout:
                 return
 
@@ -445,21 +458,24 @@ class _Progress:
 
     def tick(self) -> None:
         """Keep the bar up to date from what the runs write after each epoch."""
+        shares: dict[str, float] = {}
         while self._bar is not None and not self._closed.wait(0.5):
-            shares, texts = 0.0, []
-            for job in list(self._open.values()):
+            texts = []
+            running = list(self._open.values())
+            for job in running:
                 try:
                     state = json.loads((job.work / "progress.json").read_text())
                 except (OSError, ValueError):
                     continue
-                shares += state["epoch"] / state["epochs"]
+                config = job.config
+                shares[job.name] = state["epoch"] / state["epochs"]
                 texts.append(
-                    f"{job.config.model} {job.config.dataset} lambda {job.config.lambda_:g} seed {job.config.seed}: "
+                    f"{config.model} {config.dataset} lambda {config.lambda_:g} seed {config.seed}: "
                     f"epoch {state['epoch']}/{state['epochs']}, {state['images_per_second']:.0f} images/s"
                 )
-            self._bar.n = self._bar.total - len(self._open) + shares
             more = f" and {len(texts) - 2} more" if len(texts) > 2 else ""
-            self._bar.set_postfix_str("; ".join(texts[:2]) + more)
+            self._bar.n = self._bar.total - len(running) + sum(shares.get(job.name, 0) for job in running)
+            self._bar.set_postfix_str("; ".join(texts[:2]) + more if texts else "starting")
 
     def finished(self, job: Job, outcome: Outcome) -> None:
         """Say how a run ended."""
@@ -497,7 +513,9 @@ def render(study_name: str, results: Path) -> None:
         kernel_name="python3",
         progress_bar=False,
     )
-    exporter = HTMLExporter(exclude_input=True, embed_images=True)
+    exporter = HTMLExporter(
+        exclude_input=True, exclude_output_prompt=True, embed_images=True, mathjax_url="", require_js_url=""
+    )
     write_atomically(notebook.with_suffix(".html"), exporter.from_filename(str(notebook))[0])
 
 
@@ -572,6 +590,8 @@ def _run(arguments: argparse.Namespace) -> int:
         quiet=arguments.quiet,
     )
     failed = [outcome for outcome in outcomes if outcome.status != "done"]
+    if not outcomes:
+        print("every run has a result already; --force trains them again")
     if any(job.load() is not None for job in jobs(study, results)):
         _show_results(study, results)
     if failed:
@@ -583,12 +603,15 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _show_results(study: Study, results: Path) -> int:
+    """Draw the figures, print the table and where everything is; 1 if the figures could not be drawn."""
+    from filelock import FileLock
+
     from eatlib import figures
     from eatlib.results import StudyResults
 
     folder = results / study.name
     log = folder / "work" / "render.log"
-    with log.open("w") as output:
+    with FileLock(log.with_suffix(".lock")), log.open("w") as output:
         status = subprocess.run(
             [sys.executable, "-m", "eatlib.study", "_render", study.name, str(results)],
             stdout=output,
@@ -601,6 +624,7 @@ def _show_results(study: Study, results: Path) -> int:
     if status != 0:
         print(f"the figures could not be drawn, see {log}", file=sys.stderr)
         return 1
+    log.unlink(missing_ok=True)
     for path in (*sorted(folder.glob("*.png")), folder / "tradeoff.ipynb", folder / "tradeoff.html"):
         print(path)
     return 0

@@ -1,12 +1,14 @@
 """Selection on validation, and the numbers of the trade-off table, from made-up results."""
 
+import re
+
 import matplotlib as mpl
 import pandas as pd
 import pytest
 
 from eatlib import figures
 from eatlib.config import Study
-from eatlib.results import StudyResults
+from eatlib.results import ROOT, StudyResults
 
 mpl.use("agg")
 
@@ -72,3 +74,12 @@ def test_figures_are_drawn_from_whatever_there_is(tmp_path, make_result, kept):
     assert tradeoff.axes[0].get_xlabel() == "energy ratio (published)"
     paths = figures.save(tradeoff, tmp_path, "tradeoff") + figures.save(firing, tmp_path, "firing")
     assert all(path.stat().st_size > 1000 for path in paths)
+
+
+def test_the_readme_shows_the_committed_results():
+    """If not: python -m eatlib.figures README.md"""
+    text = (ROOT / "README.md").read_text()
+    assert "<!-- results:quick -->" in text
+    assert figures.fill_in(text) == text
+    for picture in re.findall(r"\]\((results/\S+)\)", text):
+        assert (ROOT / picture).is_file()

@@ -87,6 +87,17 @@ def test_a_study_reports_what_is_missing_and_what_is_no_result(tmp_path, make_re
     assert len(found.problems) == 1
     assert "bad.json" in found.problems[0]
     assert found.table()["test_published_ratio"].tolist() == [0.7]
+    assert found.code() == "All runs were made by code outside git."
+
+
+def test_results_of_several_commits_are_called_mixed(make_result):
+    results = [make_result(seed=seed) for seed in range(3)]
+    for result, commit in zip(results, ["a" * 40, "a" * 40, "b" * 40], strict=True):
+        object.__setattr__(result.provenance, "git_commit", commit)
+        object.__setattr__(result.provenance, "git_clean", True)
+    study = Study(name="s", label="s", blocks=[{"grid": {"seed": [0]}}])
+    assert StudyResults(study, results[:2], [], []).code() == "All runs were made by commit aaaaaaaaaa."
+    assert "2 by commit aaaaaaaaaa, 1 by commit bbbbbbbbbb" in StudyResults(study, results, [], []).code()
 
 
 def test_git_state_is_of_this_repository():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from filelock import FileLock
 
 from eatlib.config import RunConfig, Study
 from eatlib.results import ROOT, RunResult, StudyResults
-from eatlib.study import BUSY, TRAIN_NOTEBOOK, Job, execute, load_study, run_study
+from eatlib.study import BUSY, TRAIN_NOTEBOOK, TRAINING_CODE, Job, code_changed, execute, load_study, run_study
 
 SMALL = {
     "dataset": "digits",
@@ -107,7 +108,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_result(tmp_path):
     assert json.loads(progress.read_text())["epoch"] < 6
     (outcome,) = run_study(whole, tmp_path / "killed")
     assert outcome.status == "done"
-    assert "resumed after epoch" in job.notebook.read_text()
+    assert re.search(r"resumed after epoch \d", job.notebook.read_text())
     first, second = (
         RunResult.load(path / whole.name / job.result.name) for path in (tmp_path / "whole", tmp_path / "killed")
     )
@@ -119,7 +120,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_result(tmp_path):
 def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path, make_result):
     job = Job(RunConfig.parse({"epochs": 1}), tmp_path)
     job.work.mkdir(parents=True)
-    with FileLock(job.work.with_suffix(".lock")):
+    with FileLock(job.lock):
         assert execute(job, force=False, wait=False) == BUSY
     make_result().save(job.result)
     before = job.result.read_bytes()
@@ -153,25 +154,42 @@ def test_interrupting_a_study_keeps_what_is_finished_and_leaves_no_process(tmp_p
     assert list(tmp_path.glob("*/work/*/checkpoint/*")), "the next call has something to resume from"
 
 
-def test_a_study_runs_on_a_cluster(tmp_path):
-    scheduler_file = tmp_path / "scheduler.json"
-    dask = [str(Path(sys.executable).with_name("dask"))]
+@pytest.fixture
+def cluster(tmp_path):
+    """The address of a Dask scheduler with one worker, both processes on this machine, and the worker's pid file."""
+    file = tmp_path / "scheduler.json"
+    dask = str(Path(sys.executable).with_name("dask"))
+    common = ["--scheduler-file", str(file), "--host", "127.0.0.1", "--no-dashboard"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    options = ["--scheduler-file", str(scheduler_file), "--host", "127.0.0.1", "--no-dashboard"]
-    cluster = [
-        subprocess.Popen([*dask, "scheduler", "--port", "0", *options[:4], "--no-dashboard"], env=environment),
-        subprocess.Popen([*dask, "worker", "--nthreads", "2", *options], env=environment, cwd=tmp_path),
+    processes = [
+        subprocess.Popen([dask, "scheduler", "--port", "0", *common], env=environment),
+        subprocess.Popen([dask, "worker", "--nthreads", "2", *common], env=environment, cwd=tmp_path),
     ]
-    try:
-        wait_for(scheduler_file.exists)
-        address = json.loads(scheduler_file.read_text())["address"]
-        done = command("run", "smoke", "--results", str(tmp_path), DASK_SCHEDULER_ADDRESS=address)
-        assert done.returncode == 0, done.stderr
-        assert len(StudyResults.load(tmp_path / "smoke").results) == 2
-    finally:
-        for process in cluster:
-            process.terminate()
-            process.wait()
+    wait_for(file.exists)
+    yield json.loads(file.read_text())["address"]
+    for process in processes:
+        process.terminate()
+        process.wait()
+
+
+def test_a_study_runs_on_a_cluster(tmp_path, cluster):
+    done = command("run", "smoke", "--results", str(tmp_path), DASK_SCHEDULER_ADDRESS=cluster)
+    assert done.returncode == 0, done.stderr
+    assert len(StudyResults.load(tmp_path / "smoke").results) == 2
+
+
+def test_a_worker_that_dies_is_replaced(tmp_path, cluster):
+    from dask.distributed import Client
+
+    arguments = ["run", "smoke", "--set", "epochs=40", "--results", str(tmp_path), "--scheduler", cluster]
+    runner = subprocess.Popen([sys.executable, "-m", "eatlib.study", *arguments], stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: list(tmp_path.glob("*/work/*/progress.json")))
+    with Client(cluster) as client:
+        (process,) = client.run(os.getpid).values()
+    os.kill(process, signal.SIGKILL)
+    output, _ = runner.communicate(timeout=300)
+    assert runner.returncode == 0, output
+    assert len(StudyResults.load(tmp_path / "smoke@epochs=40").results) == 2
 
 
 @pytest.mark.parametrize(
@@ -214,6 +232,47 @@ def test_a_dry_run_shows_the_runs_and_changes_nothing(tmp_path):
     assert done.returncode == 0
     assert done.stdout.count("missing") == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_results_of_other_code_are_stale(tmp_path, monkeypatch, make_result):
+    def git(*arguments):
+        identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+        done = subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    code = tmp_path / TRAINING_CODE[0]
+    code.parent.mkdir()
+    code.write_text("old")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "one")
+    monkeypatch.setattr("eatlib.study.ROOT", tmp_path)
+    here = {"git_commit": git("rev-parse", "HEAD"), "git_clean": True}
+    made = make_result()
+
+    def changed(**provenance):
+        return code_changed(made.model_copy(update={"provenance": made.provenance.model_copy(update=provenance)}))
+
+    assert changed(**here) is False
+    (tmp_path / "README.md").write_text("new")
+    assert changed(**here) is False
+    code.write_text("new")
+    assert changed(**here) is True
+    assert changed(git_commit=here["git_commit"], git_clean=False) is None
+    assert changed(git_commit="0" * 40, git_clean=True) is None
+    assert changed(git_commit=None, git_clean=None) is None
+
+
+def test_force_executes_what_has_a_result(tmp_path):
+    study = small_study([0], epochs=1)
+    assert len(run_study(study, tmp_path)) == 1
+    assert run_study(study, tmp_path) == []
+    (path,) = (tmp_path / "small").glob("*.json")
+    before = path.stat().st_ino, RunResult.load(path).test
+    (outcome,) = run_study(study, tmp_path, force=True)
+    assert outcome.status == "done"
+    assert path.stat().st_ino != before[0]
+    assert RunResult.load(path).test == before[1]
 
 
 def test_clean_keeps_the_results(tmp_path, make_result):
