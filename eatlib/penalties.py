@@ -372,7 +372,7 @@ class ActivationPenalty:
             )
         if self._with_gradient and not torch.is_grad_enabled():
             raise RuntimeError(
-                f"{call.name} runs without gradients inside a pass with gradients, so that its penalty would have none: "
+                f"{call.name} runs without gradients inside a pass with gradients, and so would its penalty: "
                 "checkpoint with use_reentrant=False, or leave the layer out of `layers`"
             )
         output = None

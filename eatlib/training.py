@@ -132,8 +132,8 @@ def fit(
                     device=device,
                     bfloat16=config.precision == "bfloat16",
                 )
-                _require_finite(means.loss, config, epoch)
-                _require_finite(means.penalty, config, epoch)
+                validation_accuracy, validation_loss = validate(model, validation)
+                _require_finite((means.loss, means.penalty, validation_loss), config, epoch)
                 run.history.append(
                     results.Epoch(
                         epoch=epoch,
@@ -142,23 +142,19 @@ def fit(
                         loss=means.loss,
                         penalty=means.penalty,
                         train_accuracy=means.accuracy,
-                        validation_accuracy=accuracy(model, validation),
+                        validation_accuracy=validation_accuracy,
                         seconds=round(time.perf_counter() - epoch_start, 3),
                     )
                 )
                 run.seconds = before + time.perf_counter() - start
-                last = epoch == config.epochs
-                if checkpoint is not None and config.checkpoint_every:
-                    if last or epoch % config.checkpoint_every == 0:
-                        run.save(checkpoint / CHECKPOINT)
+                if checkpoint is not None and _is_due(config, epoch):
+                    run.save(checkpoint / CHECKPOINT)
                 if on_epoch is not None:
                     on_epoch(run.history[-1])
         measured = [
             evaluate(model, split, batch_size=config.energy_batch_size, hardware=config.hardware, device=device)
             for split in (validation, test)
         ]
-        for evaluation in measured:
-            _require_finite(evaluation.loss, config, config.epochs)
         if config.save_weights:
             save_weights(model, config, data.classes, weights)
         return results.RunResult(
@@ -187,10 +183,16 @@ def lambda_at(config: RunConfig, epoch: int) -> float:
     return config.lambda_ * min(1.0, (epoch - 1) / config.warmup_epochs if config.warmup_epochs else 1.0)
 
 
-def _require_finite(value: float, config: RunConfig, epoch: int) -> None:
-    if not math.isfinite(value):
+def _is_due(config: RunConfig, epoch: int) -> bool:
+    every = config.checkpoint_every
+    return every > 0 and (epoch % every == 0 or epoch == config.epochs)
+
+
+def _require_finite(losses: tuple[float, ...], config: RunConfig, epoch: int) -> None:
+    bad = [loss for loss in losses if not math.isfinite(loss)]
+    if bad:
         raise TrainingError(
-            f"the loss became {value} in epoch {epoch} of {config.epochs}, with lambda = {config.lambda_:g}, "
+            f"the loss became {bad[0]} in epoch {epoch} of {config.epochs}, with lambda = {config.lambda_:g}, "
             f"sigma = {config.sigma:g}, learning_rate = {config.learning_rate:g}: no result. A smaller lambda or "
             "learning_rate, a larger sigma, or warmup_epochs may help"
         )
@@ -229,10 +231,10 @@ def evaluate(
     of_class = torch.cat(seen).bincount(minlength=classes)
     present = of_class > 0
     reports = {accounting: meter.report(accounting) for accounting in ACCOUNTINGS}
-    return results.Evaluation.model_construct(
+    return results.Evaluation(
         samples=count,
         accuracy=int(right_of_class.sum()) / count,
-        macro_accuracy=float((right_of_class[present] / of_class[present]).mean()),
+        macro_accuracy=float((right_of_class[present] / of_class[present].double()).mean()),
         loss=float(loss) / count,
         energy={
             accounting: results.EnergyTotals(
@@ -247,12 +249,17 @@ def evaluate(
     )
 
 
-def accuracy(model: nn.Module, split: Split, *, batch_size: int = 512) -> float:
-    """Share of a split's images that the model classifies correctly; leaves it in evaluation mode."""
+def validate(model: nn.Module, split: Split, *, batch_size: int = 512) -> tuple[float, float]:
+    """Accuracy and loss on a split that is where the model is; leaves the model in evaluation mode."""
     model.eval()
+    sums = torch.zeros(2, device=split.labels.device)
     with torch.no_grad():
-        correct = sum((model(images).argmax(1) == labels).sum() for images, labels in batches(split, batch_size))
-    return int(correct) / len(split)
+        for images, labels in batches(split, batch_size):
+            logits = model(images)
+            correct = (logits.argmax(1) == labels).sum()
+            sums += torch.stack([correct, F.cross_entropy(logits, labels, reduction="sum")])
+    accuracy, loss = (sums.double() / len(split)).tolist()
+    return accuracy, loss
 
 
 # --- a run and its state --------------------------------------------------------------------------------------------
@@ -374,7 +381,8 @@ def _save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any])
 
 def _load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with safetensors.safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, json.loads(file.metadata()["facts"])
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -407,9 +415,9 @@ def memory_format(model: nn.Module) -> torch.memory_format:
     if channels come last (uxlfoundation/oneDNN#6035): wrong gradients, or a crash.
     """
     for module in model.modules():
-        if isinstance(module, nn.Conv2d) and max(module.kernel_size) == 1 < max(module.stride):
-            if module.in_channels // module.groups < 16:
-                return torch.contiguous_format
+        strided = isinstance(module, nn.Conv2d) and max(module.kernel_size) == 1 < max(module.stride)
+        if strided and module.in_channels // module.groups < 16:
+            return torch.contiguous_format
     return torch.channels_last
 
 
