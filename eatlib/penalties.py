@@ -6,7 +6,7 @@ for the loss; on the CPU it computes the same functions in blocks that stay in a
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
@@ -101,7 +101,7 @@ def _l0_sums(x: Tensor, sigma: float, scratch: Tensor) -> tuple[Tensor, ...]:
 
 def _l0_gradient(gradient: Tensor, x: Tensor, sigma: float, factor: float, sums: list[float], scratch: Tensor) -> None:
     torch.addcmul(_ONE, x, x, value=1 / sigma, out=scratch)
-    gradient.addcdiv_(x, scratch.square_(), value=2 * factor / sigma)
+    gradient.addcdiv_(x, scratch.mul_(scratch), value=2 * factor / sigma)
 
 
 def _l1_gradient(gradient: Tensor, x: Tensor, sigma: float, factor: float, sums: list[float], scratch: Tensor) -> None:
@@ -125,7 +125,8 @@ def _hoyer_gradient(
 def _transformed_l1_gradient(
     gradient: Tensor, x: Tensor, sigma: float, factor: float, sums: list[float], scratch: Tensor
 ) -> None:
-    torch.abs(x, out=scratch).add_(sigma).square_()
+    torch.abs(x, out=scratch).add_(sigma)
+    scratch.mul_(scratch)
     gradient.addcdiv_(torch.sign(x), scratch, value=factor * sigma * (1 + sigma))
 
 
@@ -169,18 +170,21 @@ def _order(x: Tensor) -> list[int]:
     return sorted(range(x.dim()), key=x.stride, reverse=True)
 
 
-def _is_dense(x: Tensor) -> bool:
-    return _flatten(x, x).data_ptr() == x.data_ptr()
-
-
-def _upcast(block: Tensor) -> Tensor:
-    return block if block.dtype == torch.float32 else block.float().clamp_(-_LARGEST, _LARGEST)
+def _blocks(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Blocks of vectors, the first one's in float32 and finite if it was of half precision, and a scratch."""
+    scratch = torch.empty(min(_BLOCK, x.numel()))
+    for block, *rest in zip(*(vector.split(_BLOCK) for vector in (x, *others)), strict=True):
+        if block.dtype != torch.float32:
+            block = block.float().clamp_(-_LARGEST, _LARGEST)
+        yield block, *rest, scratch[: len(block)]
 
 
 class _Penalize(torch.autograd.Function):
-    """A layer's output and its penalty; with `rectify`, ReLU and penalty in one pass over memory each way.
+    """A layer's output and its penalty; with `rectify`, the output is ReLU of `x`.
 
-    Nothing is kept for the gradient but the output, which ReLU keeps as well.
+    As a part of ReLU it can add the penalty's gradient, which is zero where ReLU is, to the one that ReLU makes. By
+    itself it would have to copy the gradient from above, as others may hold that too. Nothing is kept from forward to
+    backward but the output, which ReLU keeps as well.
     """
 
     @staticmethod
@@ -191,59 +195,45 @@ class _Penalize(torch.autograd.Function):
         ctx.surrogate, ctx.sigma, ctx.rectify = surrogate, sigma, rectify
         if inplace:
             ctx.mark_dirty(x)
+        output = F.relu(x, inplace) if rectify else x
+        ctx.save_for_backward(output)
         if x.device.type != "cpu":
-            if rectify:
-                x = x.relu_() if inplace else x.relu()
-            ctx.save_for_backward(x)
-            return x, surrogate.formula(x, sigma)
-        vector = _flatten(x, x)
-        output = torch.empty_like(vector) if rectify and not inplace else vector
-        scratch = torch.empty(min(_BLOCK, len(vector)))
-        parts = []
-        for before, block in zip(vector.split(_BLOCK), output.split(_BLOCK), strict=True):
-            if rectify:
-                torch.clamp_min(before, 0, out=block)
-            parts.append(surrogate.sums(_upcast(block), sigma, scratch[: len(block)]))
+            return output, surrogate.formula(output, sigma)
+        parts = [surrogate.sums(block, sigma, scratch) for block, scratch in _blocks(_flatten(output, output))]
         ctx.sums = [math.fsum(part.item() for part in column) for column in zip(*parts, strict=True)]
-        if output is not vector:
-            x = _unflatten(output, x)
-        ctx.save_for_backward(x)
-        return x, torch.tensor(surrogate.value(ctx.sums, x.numel(), sigma), dtype=torch.float32)
+        return output, torch.tensor(surrogate.value(ctx.sums, x.numel(), sigma), dtype=torch.float32)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, above: Tensor | None, factor: Tensor | None) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
+        (output,) = ctx.saved_tensors
         if above is None:
-            above = torch.zeros_like(x)
-        if factor is None:
-            gradient = _relu_gradient(above, x) if ctx.rectify else above
-        elif x.device.type != "cpu":
-            gradient = _relu_gradient(above, x) if ctx.rectify else above
-            with torch.enable_grad():
-                leaf = x.detach().requires_grad_()
-                value = ctx.surrogate.formula(leaf, ctx.sigma)
-            gradient = gradient + torch.autograd.grad(value, leaf, factor)[0]
+            gradient = torch.zeros_like(output)
+        elif ctx.rectify:
+            gradient = torch.ops.aten.threshold_backward(above, output, 0)
         else:
-            vectors = _flatten(x, x), _flatten(above, x), torch.empty(x.numel(), dtype=x.dtype)
-            scratch = torch.empty(min(_BLOCK, x.numel()))
-            for block, incoming, target in zip(*(vector.split(_BLOCK) for vector in vectors), strict=True):
-                if ctx.rectify:
-                    torch.ops.aten.threshold_backward.grad_input(incoming, block, 0, grad_input=target)
-                else:
-                    target.copy_(incoming)
-                total = target if target.dtype == torch.float32 else torch.zeros_like(target, dtype=torch.float32)
-                ctx.surrogate.add_gradient(
-                    total, _upcast(block), ctx.sigma, factor.item(), ctx.sums, scratch[: len(block)]
-                )
-                if total is not target:
-                    target.add_(total)
-            gradient = _unflatten(vectors[2], x)
+            gradient = above.clone()
+        if factor is not None:
+            gradient = _add_gradient(ctx, gradient, output, factor)
         return gradient, None, None, None, None
 
 
-def _relu_gradient(above: Tensor, output: Tensor) -> Tensor:
-    return torch.ops.aten.threshold_backward(above, output, 0)
+def _add_gradient(ctx: Any, gradient: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+    """`gradient` plus `factor` times the penalty's gradient at `x`; overwrites `gradient`."""
+    if x.device.type != "cpu":
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            value = ctx.surrogate.formula(x, ctx.sigma)
+        return gradient.add_(torch.autograd.grad(value, x, factor)[0])
+    vector, weight = _flatten(gradient, x), factor.item()
+    for block, target, scratch in _blocks(_flatten(x, x), vector):
+        if target.dtype == torch.float32:
+            ctx.surrogate.add_gradient(target, block, ctx.sigma, weight, ctx.sums, scratch)
+        else:
+            own = torch.zeros_like(block)
+            ctx.surrogate.add_gradient(own, block, ctx.sigma, weight, ctx.sums, scratch)
+            target.add_(own)
+    return _unflatten(vector, x)
 
 
 # --- in a model -----------------------------------------------------------------------------------------------------
@@ -396,11 +386,10 @@ class ActivationPenalty:
         """Have a module compute ReLU and penalty together, until `detach`."""
 
         def forward(x: Tensor) -> Tensor:
-            inplace = relu.inplace
-            fusible = not inplace or (_is_dense(x) and not x._is_view())  # what may be overwritten block by block
-            if torch.compiler.is_compiling() or not (self._model.training and fusible):
-                return F.relu(x, inplace)
-            output, self._fused = self._penalize(x, rectify=True, inplace=inplace)
+            # Autograd has no function of two outputs that overwrites a view.
+            if torch.compiler.is_compiling() or not self._model.training or (relu.inplace and x._is_view()):
+                return F.relu(x, relu.inplace)
+            output, self._fused = self._penalize(x, rectify=True, inplace=relu.inplace)
             return output
 
         relu.forward = forward
