@@ -170,21 +170,26 @@ def _order(x: Tensor) -> list[int]:
     return sorted(range(x.dim()), key=x.stride, reverse=True)
 
 
-def _blocks(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Blocks of vectors, the first one's in float32 and finite if it was of half precision, and a scratch."""
-    scratch = torch.empty(min(_BLOCK, x.numel()))
-    for block, *rest in zip(*(vector.split(_BLOCK) for vector in (x, *others)), strict=True):
-        if block.dtype != torch.float32:
-            block = block.float().clamp_(-_LARGEST, _LARGEST)
-        yield block, *rest, scratch[: len(block)]
+def _is_dense(x: Tensor) -> bool:
+    return _flatten(x, x).data_ptr() == x.data_ptr()
+
+
+def _blocks(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Blocks of vectors of equal length, and scratch memory for one block."""
+    scratch = torch.empty(min(_BLOCK, len(vectors[0])))
+    for blocks in zip(*(vector.split(_BLOCK) for vector in vectors), strict=True):
+        yield *blocks, scratch[: len(blocks[0])]
+
+
+def _finite_float32(block: Tensor) -> Tensor:
+    return block if block.dtype == torch.float32 else _finite(block)
 
 
 class _Penalize(torch.autograd.Function):
     """A layer's output and its penalty; with `rectify`, the output is ReLU of `x`.
 
-    As a part of ReLU it can add the penalty's gradient, which is zero where ReLU is, to the one that ReLU makes. By
-    itself it would have to copy the gradient from above, as others may hold that too. Nothing is kept from forward to
-    backward but the output, which ReLU keeps as well.
+    ReLU and penalty share one trip through memory each way. Nothing is kept from forward to backward but the output,
+    which ReLU keeps as well.
     """
 
     @staticmethod
@@ -195,12 +200,20 @@ class _Penalize(torch.autograd.Function):
         ctx.surrogate, ctx.sigma, ctx.rectify = surrogate, sigma, rectify
         if inplace:
             ctx.mark_dirty(x)
-        output = F.relu(x, inplace) if rectify else x
-        ctx.save_for_backward(output)
         if x.device.type != "cpu":
+            output = F.relu(x, inplace) if rectify else x
+            ctx.save_for_backward(output)
             return output, surrogate.formula(output, sigma)
-        parts = [surrogate.sums(block, sigma, scratch) for block, scratch in _blocks(_flatten(output, output))]
+        vector = _flatten(x, x)
+        result = torch.empty_like(vector) if rectify and not inplace else vector
+        parts = []
+        for before, after, scratch in _blocks(vector, result):
+            if rectify:
+                torch.clamp_min(before, 0, out=after)
+            parts.append(surrogate.sums(_finite_float32(after), sigma, scratch))
         ctx.sums = [math.fsum(part.item() for part in column) for column in zip(*parts, strict=True)]
+        output = x if result is vector else _unflatten(result, x)
+        ctx.save_for_backward(output)
         return output, torch.tensor(surrogate.value(ctx.sums, x.numel(), sigma), dtype=torch.float32)
 
     @staticmethod
@@ -208,32 +221,28 @@ class _Penalize(torch.autograd.Function):
     def backward(ctx: Any, above: Tensor | None, factor: Tensor | None) -> tuple[Tensor | None, ...]:
         (output,) = ctx.saved_tensors
         if above is None:
-            gradient = torch.zeros_like(output)
-        elif ctx.rectify:
-            gradient = torch.ops.aten.threshold_backward(above, output, 0)
-        else:
-            gradient = above.clone()
-        if factor is not None:
-            gradient = _add_gradient(ctx, gradient, output, factor)
-        return gradient, None, None, None, None
-
-
-def _add_gradient(ctx: Any, gradient: Tensor, x: Tensor, factor: Tensor) -> Tensor:
-    """`gradient` plus `factor` times the penalty's gradient at `x`; overwrites `gradient`."""
-    if x.device.type != "cpu":
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            value = ctx.surrogate.formula(x, ctx.sigma)
-        return gradient.add_(torch.autograd.grad(value, x, factor)[0])
-    vector, weight = _flatten(gradient, x), factor.item()
-    for block, target, scratch in _blocks(_flatten(x, x), vector):
-        if target.dtype == torch.float32:
-            ctx.surrogate.add_gradient(target, block, ctx.sigma, weight, ctx.sums, scratch)
-        else:
-            own = torch.zeros_like(block)
-            ctx.surrogate.add_gradient(own, block, ctx.sigma, weight, ctx.sums, scratch)
-            target.add_(own)
-    return _unflatten(vector, x)
+            above = torch.zeros_like(output)
+        if factor is None or output.device.type != "cpu":
+            gradient = torch.ops.aten.threshold_backward(above, output, 0) if ctx.rectify else above
+            if factor is not None:
+                with torch.enable_grad():
+                    leaf = output.detach().requires_grad_()
+                    value = ctx.surrogate.formula(leaf, ctx.sigma)
+                gradient = gradient + torch.autograd.grad(value, leaf, factor)[0]
+            return gradient, None, None, None, None
+        vector, weight = _flatten(output, output), factor.item()
+        gradient = torch.empty_like(vector)
+        for block, incoming, target, scratch in _blocks(vector, _flatten(above, output), gradient):
+            if ctx.rectify:
+                torch.ops.aten.threshold_backward.grad_input(incoming, block, 0, grad_input=target)
+            else:
+                target.copy_(incoming)
+            block = _finite_float32(block)
+            total = target if target.dtype == torch.float32 else torch.zeros_like(block)
+            ctx.surrogate.add_gradient(total, block, ctx.sigma, weight, ctx.sums, scratch)
+            if total is not target:
+                target.add_(total)
+        return _unflatten(gradient, output), None, None, None, None
 
 
 # --- in a model -----------------------------------------------------------------------------------------------------
@@ -386,8 +395,9 @@ class ActivationPenalty:
         """Have a module compute ReLU and penalty together, until `detach`."""
 
         def forward(x: Tensor) -> Tensor:
-            # Autograd has no function of two outputs that overwrites a view.
-            if torch.compiler.is_compiling() or not self._model.training or (relu.inplace and x._is_view()):
+            # Autograd has no function of two outputs that overwrites a view, and blocks need dense memory.
+            fusible = not relu.inplace or (_is_dense(x) and not x._is_view())
+            if torch.compiler.is_compiling() or not (self._model.training and fusible):
                 return F.relu(x, relu.inplace)
             output, self._fused = self._penalize(x, rectify=True, inplace=relu.inplace)
             return output
