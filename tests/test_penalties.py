@@ -273,7 +273,7 @@ def test_the_network_computes_what_it_did_before():
 
 
 def test_a_pass_is_counted_once():
-    model, (images, labels) = net(), batch()
+    model, (images, _) = net(), batch()
     with ActivationPenalty(model) as penalty:
         with pytest.raises(RuntimeError, match="no activations"):
             penalty()
@@ -503,7 +503,7 @@ def test_smooth_activations():
 
 def test_outputs_that_are_no_tensor_are_refused():
     model = nn.Sequential(nn.LSTM(3, 4))
-    with ActivationPenalty(model, layers="all"), pytest.raises(TypeError, match="LSTM.*tuple"):
+    with ActivationPenalty(model, layers="all"), pytest.raises(TypeError, match=r"LSTM.*tuple"):
         model(torch.rand(2, 5, 3))
 
 

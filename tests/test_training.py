@@ -1,5 +1,6 @@
 """Training: reproducible, interruptible, honest about failure; and the penalty does what it is for."""
 
+import functools
 import json
 import random
 
@@ -53,14 +54,14 @@ def weights_of(path) -> dict[str, torch.Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-class Interrupted(Exception):
+class StopHereError(Exception):
     pass
 
 
 def interrupt_after(epoch: int):
     def on_epoch(record: results.Epoch) -> None:
         if record.epoch == epoch:
-            raise Interrupted
+            raise StopHereError
 
     return on_epoch
 
@@ -120,28 +121,32 @@ def test_lambda_0_is_standard_training_bit_for_bit(tmp_path):
 
 
 def test_eat_is_the_papers_objective(tmp_path):
-    config = configuration(**{"sigma": 1e-2, "epochs": 1, "save_weights": True})
+    config = configuration(**{"sigma": 1e-2, "epochs": 1, "learning_rate": 1e-3, "save_weights": True})
     data = load_data(config)
     fit(config, data=data, weights=tmp_path / "w.safetensors")
+    found = weights_of(tmp_path / "w.safetensors")
     expected = plain_loop(config, data).state_dict()
-    for name, tensor in weights_of(tmp_path / "w.safetensors").items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-2, atol=1e-3)
+    standard = plain_loop(config.model_copy(update={"lambda_": 0.0}), data).state_dict()
+    error, effect = (
+        sum((other[name] - expected[name]).square().sum() for name in expected) for other in (found, standard)
+    )
+    assert error < 1e-4 * effect
 
 
 def test_the_penalty_lowers_firing_and_energy():
     for seed in range(3):
-        changes = {"seed": seed, "model": "resnet18", "epochs": 4, "sigma": 1e-2, "batch_size": 32}
-        standard = fit(configuration(**changes, **{"lambda": 0.0}))
-        energy_aware = fit(configuration(**changes, **{"lambda": 2.0}))
+        changes = {"seed": seed, "model": "resnet18", "epochs": 6, "sigma": 1e-2, "batch_size": 32}
+        changes |= {"learning_rate": 0.02, "train_samples": 600}
+        standard, energy_aware = (fit(configuration(**changes, **{"lambda": weight})) for weight in (0, 2))
         firing = [
             sum(layer.firing for layer in result.test.firing if layer.kind == "ReLU") / 17
             for result in (standard, energy_aware)
         ]
-        assert firing[1] < 0.8 * firing[0]
+        assert firing[1] < 0.85 * firing[0]
         for accounting in ("published", "fused"):
             ratios = [result.test.energy[accounting].ratio for result in (standard, energy_aware)]
-            assert ratios[1] < ratios[0] - 0.02
-        assert energy_aware.history[-1].penalty < energy_aware.history[0].penalty
+            assert ratios[1] < ratios[0] - 0.05
+        assert energy_aware.history[-1].penalty < 0.85 * energy_aware.history[0].penalty
 
 
 def test_schedules():
@@ -196,11 +201,10 @@ def test_energy_normalization_estimates_the_energy_ratio():
     assert before.ratio - after.ratio == pytest.approx(term, rel=0.25)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_compiled_training_is_the_same_up_to_rounding(threads):
-    if torch._inductor.cpp_builder.get_cpp_compiler is None:
-        pytest.skip("no C++ compiler")
-    changes = {"epochs": 1, "learning_rate": 1e-3, "threads": threads, "train_samples": 142}
+def test_compiled_training_is_the_same_up_to_rounding(monkeypatch):
+    # The tracing without the C++ compiler, which takes half a minute; benchmarks/training.py has it all.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    changes = {"epochs": 1, "learning_rate": 1e-3, "train_samples": 142}
     plain, compiled = (fit(configuration(**changes, compile=flag)) for flag in (False, True))
     assert compiled.history[0].loss == pytest.approx(plain.history[0].loss, rel=1e-3)
     assert compiled.history[0].penalty == pytest.approx(plain.history[0].penalty, rel=1e-3)
@@ -227,7 +231,7 @@ def test_the_callers_random_state_and_threads_stay_as_they_were():
     expected = torch.rand(4)
     torch.manual_seed(3)
     threads = torch.get_num_threads()
-    fit(configuration(epochs=1, threads=2 if threads == 1 else 1))
+    fit(configuration(epochs=1, train_samples=40, test_samples=20, threads=2 if threads == 1 else 1))
     assert torch.equal(torch.rand(4), expected)
     assert torch.get_num_threads() == threads
 
@@ -239,7 +243,7 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path, every):
     config = configuration(epochs=epochs, checkpoint_every=every, save_weights=True, warmup_epochs=1)
     whole = fit(config, weights=tmp_path / "whole.safetensors")
     folder = tmp_path / "checkpoint"
-    with pytest.raises(Interrupted):
+    with pytest.raises(StopHereError):
         fit(config, checkpoint=folder, weights=tmp_path / "no.safetensors", on_epoch=interrupt_after(stop))
     assert not (tmp_path / "no.safetensors").exists()
     assert [path.name for path in folder.iterdir()] == [CHECKPOINT]
@@ -257,7 +261,7 @@ def test_interrupted_with_dropout(tmp_path):
     changes = {"model": "squeezenet1_1", "width": 1.0, "image_size": 32, "train_samples": 64, "test_samples": 20}
     config = configuration(**changes, epochs=2, learning_rate=0.01)
     whole = fit(config)
-    with pytest.raises(Interrupted):
+    with pytest.raises(StopHereError):
         fit(config, checkpoint=tmp_path, on_epoch=interrupt_after(1))
     assert without_timings(fit(config, checkpoint=tmp_path)) == without_timings(whole)
 
@@ -331,8 +335,8 @@ def test_no_penalty_is_left_on_the_network_after_a_failure():
     model = build_model("vgg16", classes=10, image_size=16, width=0.0625)
     data = load_data(configuration())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.raises(RuntimeError), ActivationPenalty(model) as penalty:
-        wrong = [(data.train.images[:4], torch.full((4,), 99))]
+    wrong = [(data.train.images[:4], torch.full((4,), 99))]
+    with pytest.raises(IndexError), ActivationPenalty(model) as penalty:
         training.train_one_epoch(model, wrong, optimizer, penalty, 1.0, device=torch.device("cpu"))
     with ActivationPenalty(model):
         pass
