@@ -756,7 +756,7 @@ def _exclusive(root: Path, name: str) -> Iterator[bool]:
     try:
         (root / ".cache").mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
         warnings.warn(f"{root}: no cache there ({error}); images are decoded anew in each run", stacklevel=4)
         yield False
         return

@@ -43,8 +43,8 @@ def use_style() -> None:
     plt.rcParams.update({"figure.dpi": 110, "savefig.dpi": 200, "savefig.bbox": "tight"})
 
 
-def _title(group: Sequence[str]) -> str:
-    return ", ".join(NAMES.get(item, item) for item in group)
+def _title(group: Sequence[str], *, complete: bool = True) -> str:
+    return ", ".join(NAMES.get(item, item) for item in group) + ("" if complete else " (partial data)")
 
 
 def training_name(config: RunConfig) -> str:
@@ -93,7 +93,7 @@ def tradeoff_table(table: pd.DataFrame, margin: float, accounting: str = "publis
     for _, setting in select(table, margin, accounting).iterrows():
         runs = table[(table[GROUP] == setting[GROUP]).all(axis=1)]
         sides = {"st": runs[runs["lambda"] == 0], "eat": runs_of(runs, setting)}
-        row = {key: setting[key] for key in (*GROUP, "lambda", "sigma")}
+        row = {key: setting[key] for key in (*GROUP, "lambda", "sigma")} | {"complete": runs["complete"].all()}
         for side, part in sides.items():
             row[f"{side}_seeds"] = len(part)
             for quantity, column in (("accuracy", "test_accuracy"), ("ratio", f"test_{accounting}_ratio")):
@@ -116,7 +116,7 @@ def readable(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
     return pd.DataFrame(
         [
             {
-                "data set": NAMES.get(row["dataset"], row["dataset"]),
+                "data set": _title([row["dataset"]], complete=row["complete"]),
                 "network": NAMES.get(row["model"], row["model"]),
                 "accuracy ST": spread(row, "st_accuracy"),
                 "accuracy EAT": spread(row, "eat_accuracy"),
@@ -160,14 +160,14 @@ def tradeoff_figure(table: pd.DataFrame, margin: float, accounting: str = "publi
                 s=42,
                 color=COLORS[side],
                 marker=marker,
-                label=side,
+                label=side if side == STANDARD else f"{side}, at the λ below",
                 edgecolor="white",
                 zorder=3,
             )
         for value, point in means.iterrows():
             if value > 0:
                 axis.annotate(
-                    f"λ={value:g}",
+                    f"{value:g}",
                     (point[ratio], point["test_accuracy"]),
                     textcoords="offset points",
                     xytext=(0, -13),
@@ -188,7 +188,11 @@ def tradeoff_figure(table: pd.DataFrame, margin: float, accounting: str = "publi
                 label="selected on validation",
                 zorder=4,
             )
-        axis.set(title=_title(group), xlabel=f"energy ratio ({accounting})", ylabel="test accuracy")
+        axis.set(
+            title=_title(group, complete=runs["complete"].all()),
+            xlabel=f"energy ratio ({accounting})",
+            ylabel="test accuracy",
+        )
         axis.margins(0.12)
     for axis in axes.flat[len(groups) :]:
         axis.set_axis_off()
@@ -225,7 +229,8 @@ def firing_figure(results: Sequence[RunResult], chosen: pd.DataFrame, *, label: 
             AWARE: [r for r in own if r.config.lambda_ == setting["lambda"]],
         }
         firing_bars(axis, {side: mean_firing(part) for side, part in sides.items() if part})
-        axis.set_title(_title(setting[GROUP]), loc="left")
+        complete = all(result.data.complete for result in own)
+        axis.set_title(_title(setting[GROUP], complete=complete), loc="left")
     if label:
         figure.suptitle(label, fontsize=9, color="0.35")
     return figure

@@ -230,6 +230,19 @@ class StudyResults:
             problems=problems,
         )
 
+    def scale(self) -> list[str]:
+        """For each data set and network, in a line: which images, whether all of them, what width, how long."""
+        lines: dict[str, None] = {}
+        for result in self.results:
+            config, data = result.config, result.data
+            width = "" if config.width == 1 else f" at {config.width:g} of its width"
+            lines[
+                f"{config.model}{width}, {config.epochs} epochs on {data.name}: {data.train:,} training, "
+                f"{data.validation:,} validation and {data.test:,} test images of {data.image_size}x{data.image_size} "
+                f"pixels, from {'the complete' if data.complete else 'a PARTIAL'} data set"
+            ] = None
+        return list(lines)
+
     def code(self) -> str:
         """Which commits the results were made by, in a sentence; several are never mixed silently."""
         commits = {}

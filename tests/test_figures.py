@@ -58,6 +58,15 @@ def test_table_means_spread_and_decrease_by_hand(tmp_path, make_result):
     assert (row["st_seeds"], row["eat_seeds"]) == (2, 2)
 
 
+def test_partial_data_are_called_partial(tmp_path, make_result):
+    found = table_of(tmp_path, make_result, RUNS)
+    table = found.table()
+    assert "PARTIAL" not in found.scale()[0]
+    table["complete"] = False
+    assert figures.readable(figures.tradeoff_table(table, 0.03))["data set"].tolist() == ["digits (partial data)"]
+    assert figures.tradeoff_figure(table, 0.03).axes[0].get_title() == "digits, ResNet-18 (partial data)"
+
+
 def test_no_setting_within_the_margin_is_said(tmp_path, make_result):
     table = table_of(tmp_path, make_result, {0: RUNS[0], 5: RUNS[5]}).table()
     summary = figures.tradeoff_table(table, 0.03)
