@@ -165,7 +165,7 @@ class Trace:
         # Hooks run in the order of registration: a leaf's report comes before its scope is left.
         self._watch = Watch(self._model, self._layer, modules=leaves)
         for module in self._model.modules():
-            self._handles.append(module.register_forward_hook(self._leave))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
         self._handles.append(self._model.register_forward_hook(self._end))
         self._operators.__enter__()
         return self
