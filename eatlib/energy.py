@@ -1,40 +1,39 @@
 """Energy of a network's forward pass on an accelerator that skips zeros, per layer, in two accountings.
 
-The energy is that of memory accesses and of multiplications; an element or an operation that is zero costs nothing.
-A value x counts as zero when |x| <= 2^-126, whatever its type.
+The energy is that of memory accesses and of multiplications; an element or an operation that is zero costs
+nothing. A value x counts as zero when |x| <= 2^-126, whatever its type.
 
 `published` is the arithmetic of the simulator behind the paper's ratios (Sponge Examples, EuroS&P 2021, arXiv
-2006.03463), to the letter. It charges each leaf module's forward call with reading its inputs, parameters and buffers
-and writing its outputs, so that a convolution's output is written, read and written again by batch norm and ReLU.
-Its quirks are kept: see `_published_operations` and `EnergyReport.ratio`. A ReLU's input counts as what it is *after*
-the call, as the simulator sees it with in-place ReLUs, the paper's own; a ReLU that is not in place is counted alike.
+2006.03463), to the letter. It charges each leaf module's forward call with reading its inputs, parameters and
+buffers and writing its outputs, so that a convolution's output is written, read and written again by batch
+norm and ReLU. Its quirks are kept: see `_published_operations` and `EnergyReport.ratio`. A ReLU's input
+counts as what it is *after* the call, as the simulator sees it with in-place ReLUs, the paper's own; a ReLU
+that is not in place is counted alike.
 
-`fused` is what an accelerator does that folds batch norm into the convolution and applies whatever follows, up to the
-next layer that multiplies, before it writes. Its assumptions:
+`fused` is what an accelerator does that folds batch norm into the convolution and applies whatever follows,
+up to the next layer that multiplies, before it writes. Its assumptions:
 
-- Only convolutions and matrix products multiply. Each reads the non-zeros of its inputs and of its weights and
-  biases, and executes a multiplication where both operands are non-zero (effective MACs; a MAC costs one operation
-  of the hardware's, as in the published model, and everything else computes for free).
-- What lies between two of them is one tensor, whatever views, casts, normalisations, activations and pools stand
-  between: its non-zeros are written once, by the layer that computed it, and read by each consumer. What the network
-  returns is written too; its input is only read.
-- An element-wise operator of two activations (a residual addition, a gate) happens where the later one is computed; the
-  other one is read from memory. It has a row of its own.
+- Only convolutions and matrix products multiply. Each reads the non-zeros of its inputs and of its weights
+  and biases, and executes a multiplication where both operands are non-zero (effective MACs; a MAC costs one
+  operation of the hardware's, as in the published model, and everything else computes for free).
+- What lies between two of them is one tensor, whatever views, casts, normalisations, activations, pools and
+  concatenations stand between: its non-zeros are written once, by the layer that computed it, and read by
+  each consumer. What the network returns is written too; its input is only read.
+- An element-wise operator of two activations (a residual addition, a gate) happens where the later one is
+  computed; the other one is read from memory. It has a row of its own.
 - Weights are read once per call of the layer and batch. `ideal_joules_per_image` is without these reads.
 """
 
 import ctypes
 import dataclasses
 import math
-import os
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -114,13 +113,13 @@ def find_hardware(hardware: str | Hardware) -> Hardware:
     return HARDWARE[hardware]
 
 
-# --- counting -------------------------------------------------------------------------------------------------------
+# --- counting -----------------------------------------------------------------------------------------------
 
 Count = int | Tensor
-"""A number, or on an accelerator a tensor on it that holds one: reading it at once would wait for the device."""
+"""A number, or on an accelerator a tensor on it that holds one: reading it at once would wait for the
+device."""
 
 _CHUNK = 2**16  # elements; they stay in a core's cache between the steps of `_count_bits`
-_THREADS_FROM = 2**18  # elements from which a second thread pays
 
 
 def count_nonzero(x: Tensor) -> Count:
@@ -132,7 +131,8 @@ def count_nonzero(x: Tensor) -> Count:
 
 
 def _count(x: Tensor, *, positive: bool) -> tuple[Count, Count]:
-    """The elements that are not zero, and, if asked for, those of them above zero: one pass over the memory."""
+    """The elements that are not zero, and, if asked for, those of them above zero: one pass over the
+    memory."""
     if x.device.type != "cpu":
         return torch.count_nonzero(_nonzero_mask(x)), torch.count_nonzero(x > ZERO) if positive else 0
     if not x.dtype.is_floating_point and not x.is_complex() and not positive:
@@ -142,15 +142,7 @@ def _count(x: Tensor, *, positive: bool) -> tuple[Count, Count]:
         return int(torch.count_nonzero(mask)), int(torch.count_nonzero(x > ZERO)) if positive else 0
     if not _is_dense(x):
         x = x.detach().contiguous()
-    bits = _bits(x)
-    threads = torch.get_num_threads()
-    if threads == 1 or bits.size < _THREADS_FROM:
-        return _count_bits(bits, _ZERO_BITS[x.dtype], positive)
-    size = -(-bits.size // threads)
-    parts = [bits[start : start + size] for start in range(0, bits.size, size)]
-    counting = partial(_count_bits, threshold=_ZERO_BITS[x.dtype], positive=positive)
-    counts = _pool(os.getpid(), threads).map(counting, parts)
-    return tuple(sum(column) for column in zip(*counts, strict=True))
+    return _count_bits(_bits(x), _ZERO_BITS[x.dtype], positive)
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -212,13 +204,7 @@ _ZERO_BITS = {
 }
 
 
-@cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads of this process (a fork has none of its parent's)."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="count")
-
-
-# --- what is charged ------------------------------------------------------------------------------------------------
+# --- what is charged ----------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -304,7 +290,8 @@ class _Value:
     """What a tensor is to the accelerator; views and casts of it are the same value.
 
     Attributes:
-        producer: index of the fused row that computed it, up to any element-wise work since; -1: the network's input.
+        producer: index of the fused row that computed it, up to any element-wise work since; -1: the
+            network's input.
         layers: the leaf module calls that it passed through since.
         written: whether it was written to memory.
     """
@@ -433,6 +420,12 @@ class _Pass:
 
     def layer(self, call: LayerCall) -> None:
         self._settle()
+        convolves = isinstance(call.module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        if convolves and call.inputs[0].dim() == len(call.module.kernel_size) + 1:
+            raise EnergyError(
+                f"{call.name} got a tensor of shape {tuple(call.inputs[0].shape)}, which has no batch dimension: "
+                "use images[None] for a single image"
+            )
         row = _Row(call.name, call.kind)
         if not _is_activation(call.module):
             for x in _tensors(call.inputs):
@@ -458,7 +451,8 @@ class _Pass:
     def _settle(self, successor: OperatorCall | None = None) -> Count | None:
         """Count the last layer's output, which waited for the operator that comes next.
 
-        If that is a ReLU of it, then one pass over the memory gives the ReLU's non-zeros too: they are returned.
+        If that is a ReLU of it, then one pass over the memory gives the ReLU's non-zeros too: they are
+        returned.
         """
         if self._waiting is None:
             return None
@@ -684,10 +678,7 @@ def _effective_macs(call: OperatorCall, left: Tensor, right: Tensor) -> Count:
     if call.function.overloadpacket is _aten.convolution:
         *geometry, transposed, output_padding, groups = call.arguments[3:9]
         left = left.sum(0, keepdim=True)
-        if transposed:
-            right = right.sum(1, keepdim=True)
-        else:
-            right = right.unflatten(0, (groups, -1)).sum(1)
+        right = right.sum(1, keepdim=True) if transposed else right.unflatten(0, (groups, -1)).sum(1)
         macs = _aten.convolution(
             left.double(), right.double(), None, *geometry, transposed, output_padding, groups
         ).sum()
@@ -708,8 +699,8 @@ class EnergyReport:
         accounting, hardware: what is charged, and at which prices.
         images: how many were seen.
         batch_sizes: how many batches there were of each size; weights are read once per batch.
-        ratio: energy with zero-skipping over energy without it. `published`: the mean over the batches, as in the
-            paper; `fused`: of the totals.
+        ratio: energy with zero-skipping over energy without it. `published`: the mean over the batches, as in
+            the paper; `fused`: of the totals.
         uncounted: what ran but is not in these numbers, by name. Element-wise work is never charged for its
             operations; `published` misses the memory accesses of what it lists.
     """
@@ -742,8 +733,8 @@ class EnergyReport:
     def totals(self) -> dict[str, int]:
         """Sums over all layers and batches, zeros included and without (`nonzero_...`, in elements).
 
-        `operations` are the simulator's operations or dense MACs, `effective_operations` those left by zero-skipping,
-        rounded.
+        `operations` are the simulator's operations or dense MACs, `effective_operations` those left by
+        zero-skipping, rounded.
         """
         sums = {name: sum(getattr(row, name) for row in self._rows) for name in _SUMMED}
         sums["effective_operations"] = round(sums.pop("effective"))
@@ -751,10 +742,11 @@ class EnergyReport:
 
     @cached_property
     def layers(self) -> "pandas.DataFrame":
-        """One row per layer call, in order: sums over all images in elements and operations; joules per image.
+        """One row per layer call, in order: sums over all images in elements and operations; joules per
+        image.
 
-        `outputs` are what the layer writes to memory, `firing` is the share of it that is not zero, `share` the
-        layer's part of the whole energy.
+        `outputs` are what the layer writes to memory, `firing` is the share of it that is not zero, `share`
+        the layer's part of the whole energy.
         """
         import pandas as pd  # a slow import that a training run does without
 
@@ -790,7 +782,8 @@ class EnergyReport:
             f"{_joules(self.dense_joules_per_image)} without, "
             f"{_joules(self.ideal_joules_per_image)} with weights in place",
             f"{self.images} images in batches of {sizes}",
-            f"{'layer':28} {'kind':18} {'firing':>7} {'operations':>11} {'left':>6} {'energy':>10} {'share':>6}",
+            f"{'layer':28} {'kind':18} {'firing':>7} {'operations':>11} {'left':>6} "
+            f"{'energy':>10} {'share':>6}",
         ]
         total = self.joules_per_image
         for row in self._rows:
@@ -814,17 +807,19 @@ def _joules(joules: float) -> str:
 class EnergyMeter:
     """Counts what a model's forward passes cost, in both accountings at once; a context manager.
 
-    Each forward pass of the model within it is one batch. The model is as it was afterwards, also when a forward
-    pass raises; such a pass is not counted. Between passes only counts are kept.
+    Each forward pass of the model within it is one batch. The model is as it was afterwards, also when a
+    forward pass raises; such a pass is not counted. Between passes only counts are kept.
 
     Args:
         model: anything that is called with a batch first: (N, ...).
         hardware: a name of `HARDWARE`, or prices of your own.
-        exact_macs: count effective MACs (`fused`) from the places of the zeros, not from each layer's shares of zeros.
+        exact_macs: count effective MACs (`fused`) from the places of the zeros, not from each layer's shares
+            of zeros.
 
     Raises:
-        EnergyError: unknown hardware; a model without parameters, with lazy ones, or compiled. From a forward pass:
-            no batch, an empty one or one without a batch dimension; NaN in what goes into or comes out of the model.
+        EnergyError: unknown hardware; a model without parameters, with lazy ones, or compiled. From a forward
+            pass: no batch, an empty one or one without a batch dimension; NaN in what goes into or comes out
+                of the model.
     """
 
     def __init__(
@@ -867,8 +862,8 @@ class EnergyMeter:
             raise EnergyError("the model was called without a tensor: call it with a batch of images")
         if inputs[0].dim() < 2 or inputs[0].shape[0] == 0:
             raise EnergyError(
-                f"the model was called with a tensor of shape {tuple(inputs[0].shape)}: the first dimension must be "
-                "the batch, (N, ...), and N at least 1; use images[None] for a single image"
+                f"the model was called with a tensor of shape {tuple(inputs[0].shape)}: the first dimension "
+                "must be the batch, (N, ...), and N at least 1; use images[None] for a single image"
             )
         if _any_nan(inputs):
             raise EnergyError("the model's input holds NaN, whose energy means nothing: clean the images")
@@ -928,7 +923,8 @@ class EnergyMeter:
         )
 
     def firing(self) -> list[tuple[str, str, float]]:
-        """(name, kind, share of outputs that are not zero) of each leaf module call, in the order of the calls."""
+        """(name, kind, share of outputs that are not zero) of each leaf module call, in the order of the
+        calls."""
         rows = self._rows["published"].values()
         return [(row.name, row.kind, row.firing) for row in rows if row.outputs]
 
@@ -944,8 +940,8 @@ def energy_report(
     """Measure a model in evaluation mode; see the module's docstring for the two accountings.
 
     Args:
-        batches: tensors (N, C, H, W), or (images, labels) pairs, as a data loader yields them; they are moved to the
-            model's device.
+        batches: tensors (N, C, H, W), or (images, labels) pairs, as a data loader yields them; they are moved
+            to the model's device.
         hardware, exact_macs: as for `EnergyMeter`.
 
     Raises:
@@ -960,7 +956,8 @@ def energy_report(
             images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
             if not isinstance(images, Tensor):
                 raise EnergyError(
-                    f"a batch is a {type(batch).__name__}: must be a tensor of images or an (images, labels) pair"
+                    f"a batch is a {type(batch).__name__}: must be a tensor of images or an (images, labels) "
+                    "pair"
                 )
             _check_layout(model, images)
             model(images.to(next(model.parameters()).device))
@@ -972,18 +969,21 @@ def energy_report(
 def activation_cost(
     model: nn.Module, images: Tensor, hardware: str | Hardware = "horowitz-45nm-float32"
 ) -> dict[str, float]:
-    """What one non-zero activation of each layer costs, as a share of the batch's energy without zero-skipping.
+    """What one non-zero activation of each layer costs, as a share of the batch's energy without
+    zero-skipping.
 
-    In the `fused` accounting: the tensor that leaves the layer, after whatever follows up to the next layer that
-    multiplies, is written once, and read and multiplied with non-zero weights by each consumer; that energy, over the
-    elements of the layer's output. Layers between the same two multiplying layers share one tensor, so that each of
-    them carries all of its energy. The share is of a batch of the size given: doubling the batch nearly halves it.
+    In the `fused` accounting: the tensor that leaves the layer, after whatever follows up to the next layer
+    that multiplies, is written once, and read and multiplied with non-zero weights by each consumer; that
+    energy, over the elements of the layer's output. Layers between the same two multiplying layers share one
+    tensor, so that each of them carries all of its energy. The share is of a batch of the size given:
+    doubling the batch nearly halves it.
 
     Args:
         images: one batch, (N, C, H, W).
 
     Returns:
-        By leaf module call, as in `EnergyMeter.firing`: joules per non-zero element / dense joules of the batch.
+        By leaf module call, as in `EnergyMeter.firing`: joules per non-zero element / dense joules of the
+        batch.
     """
     meter = EnergyMeter(model, hardware=hardware)
     with _evaluating(model), meter, torch.no_grad():
@@ -1037,7 +1037,8 @@ def _check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             raise EnergyError(
-                f"{name or 'the model'} is compiled, which hides its operators: measure the network it was made from"
+                f"{name or 'the model'} is compiled, which hides its operators: measure the network that it "
+                "was made from"
             )
 
 
