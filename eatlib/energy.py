@@ -119,7 +119,7 @@ Count = int | Tensor
 """A number, or on an accelerator a tensor on it that holds one: reading it at once would wait for the
 device."""
 
-_CHUNK = 2**16  # elements; they stay in a core's cache between the steps of `_count_bits`
+_CHUNK = 2**16  # elements
 
 
 def count_nonzero(x: Tensor) -> Count:
@@ -131,76 +131,62 @@ def count_nonzero(x: Tensor) -> Count:
 
 
 def _count(x: Tensor, *, positive: bool) -> tuple[Count, Count]:
-    """The elements that are not zero, and, if asked for, those of them above zero: one pass over the
-    memory."""
-    if x.device.type != "cpu":
-        return torch.count_nonzero(_nonzero_mask(x)), torch.count_nonzero(x > ZERO) if positive else 0
-    if not x.dtype.is_floating_point and not x.is_complex() and not positive:
-        return int(np.count_nonzero(x.numpy(force=True))), 0
-    if x.layout != torch.strided or x.dtype not in _ZERO_BITS:
+    """The elements that are not zero, and, if asked for, those above zero: one pass over the memory."""
+    if not x.is_cpu or x.dtype not in _BITS or x.layout != torch.strided:
         mask = _nonzero_mask(x.to_dense() if x.layout != torch.strided else x)
-        return int(torch.count_nonzero(mask)), int(torch.count_nonzero(x > ZERO)) if positive else 0
-    if not _is_dense(x):
+        counts = torch.count_nonzero(mask), torch.count_nonzero(x > ZERO) if positive else torch.tensor(0)
+        return counts if not x.is_cpu else (int(counts[0]), int(counts[1]))
+    if not x.is_contiguous() and not _is_dense(x):
         x = x.detach().contiguous()
-    return _count_bits(_bits(x), _ZERO_BITS[x.dtype], positive)
+    if x.numel() == 0:
+        return 0, 0
+    bits, limit, unsigned_limit = _BITS[x.dtype]
+    # By address, as an operator that makes a view would cost more than counting a small tensor does.
+    memory = (ctypes.c_byte * (x.numel() * x.element_size())).from_address(x.data_ptr())
+    signed, unsigned = np.frombuffer(memory, bits), np.frombuffer(memory, unsigned_limit.dtype)
+    # Numbers of one sign are ordered as their bits are, so that vectorised integer comparisons do; for
+    # magnitudes the sign is shifted out. Pieces stay in a core's cache between the steps.
+    if signed.size <= _CHUNK and not positive:
+        return int(np.count_nonzero(unsigned << 1 > unsigned_limit)), 0
+    magnitude, above = np.empty(_CHUNK, unsigned.dtype), np.empty(_CHUNK, bool)
+    nonzeros = positives = 0
+    for start in range(0, signed.size, _CHUNK):
+        end = min(start + _CHUNK, signed.size)
+        if end - start < _CHUNK:
+            magnitude, above = magnitude[: end - start], above[: end - start]
+        np.left_shift(unsigned[start:end], 1, out=magnitude)
+        np.greater(magnitude, unsigned_limit, out=above)
+        nonzeros += int(np.count_nonzero(above))
+        if positive:
+            np.greater(signed[start:end], limit, out=above)
+            positives += int(np.count_nonzero(above))
+    return nonzeros, positives
 
 
 def _is_dense(x: Tensor) -> bool:
     """Whether the elements of `x` fill a stretch of memory, in whatever order of dimensions."""
-    if x.is_neg():
-        return False
     filled = 1
-    for stride, size in () if x.is_contiguous() else sorted(zip(x.stride(), x.shape, strict=True)):
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size != 1 and stride != filled:
             return False
         filled *= size
     return True
 
 
-def _bits(x: Tensor) -> np.ndarray:
-    """A flat view of a dense tensor as signed integers; made by address, as an operator would cost as much
-    as counting a small tensor does."""
-    integers = _INTEGERS[x.element_size()]
-    if x.numel() == 0:
-        return np.empty(0, integers)
-    memory = (ctypes.c_byte * (x.numel() * x.element_size())).from_address(x.data_ptr())
-    return np.frombuffer(memory, integers)
-
-
-def _count_bits(bits: np.ndarray, threshold: int, positive: bool) -> tuple[int, int]:
-    """As `_count`, of the bits of floating-point numbers, seen as signed integers.
-
-    Numbers of one sign are ordered as their bits are, so that vectorised integer comparisons do.
-    """
-    unsigned = bits.view(f"u{bits.itemsize}")
-    limit, positive_limit = unsigned.dtype.type(2 * threshold), bits.dtype.type(threshold)
-    if bits.size <= _CHUNK and not positive:
-        return int(np.count_nonzero(unsigned << 1 > limit)), 0
-    magnitude, above = np.empty(_CHUNK, unsigned.dtype), np.empty(_CHUNK, bool)
-    nonzeros = positives = 0
-    for start in range(0, bits.size, _CHUNK):
-        part = slice(start, min(start + _CHUNK, bits.size))
-        length = part.stop - start
-        np.left_shift(unsigned[part], 1, out=magnitude[:length])  # without the sign
-        np.greater(magnitude[:length], limit, out=above[:length])
-        nonzeros += int(np.count_nonzero(above[:length]))
-        if positive:
-            np.greater(bits[part], positive_limit, out=above[:length])
-            positives += int(np.count_nonzero(above[:length]))
-    return nonzeros, positives
-
-
 def _nonzero_mask(x: Tensor) -> Tensor:
     return x.abs() > ZERO if x.is_floating_point() or x.is_complex() else x != 0
 
 
-_INTEGERS = {2: np.int16, 4: np.int32, 8: np.int64}
-# The bits of 2^-126; float16 has no number that small.
-_ZERO_BITS = {
-    torch.float32: 127 - 126 << 23,
-    torch.bfloat16: 127 - 126 << 7,
-    torch.float64: 1023 - 126 << 52,
-    torch.float16: 0,
+# The bits of 2^-126 as signed integers, and without the sign; float16 has no number that small.
+_BITS: dict[torch.dtype, tuple[type[np.signedinteger], np.signedinteger, np.unsignedinteger]] = {
+    dtype: (signed, signed(bits), unsigned(2 * bits))
+    for dtype, signed, unsigned, bits in (
+        (torch.float32, np.int32, np.uint32, 127 - 126 << 23),
+        (torch.bfloat16, np.int16, np.uint16, 127 - 126 << 7),
+        (torch.float16, np.int16, np.uint16, 0),
+        (torch.float64, np.int64, np.uint64, 1023 - 126 << 52),
+        (torch.int64, np.int64, np.uint64, 0),  # a batch norm's counter of batches
+    )
 }
 
 
