@@ -409,8 +409,8 @@ class _Pass:
         convolves = isinstance(call.module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         if convolves and call.inputs[0].dim() == len(call.module.kernel_size) + 1:
             raise EnergyError(
-                f"{call.name} got a tensor of shape {tuple(call.inputs[0].shape)}, which has no batch dimension: "
-                "use images[None] for a single image"
+                f"{call.name} got a tensor of shape {tuple(call.inputs[0].shape)}, which has no batch "
+                "dimension: use images[None] for a single image"
             )
         row = _Row(call.name, call.kind)
         if not _is_activation(call.module):
@@ -464,7 +464,7 @@ class _Pass:
             for x in _tensors(call.arguments) + _tensors(call.keywords)
             if (value := self._value(x)) is not None
         ]
-        if not operands:
+        if not operands or call.function.overloadpacket in _NEW:
             return self._run(call)
         relu = self._settle(call)
         kind = _kind(call.function)
@@ -476,8 +476,6 @@ class _Pass:
         elif kind == "move":
             x, value = operands[0]
             output = self._run(call)
-            if output.numel() != x.numel():
-                value = dataclasses.replace(value)
         else:
             if kind == "element-wise":
                 self._join(call, operands)
@@ -486,8 +484,9 @@ class _Pass:
             latest = max((value for _, value in operands), key=lambda value: value.producer)
             value = _Value(latest.producer, latest.layers)
             output = self._run(call)
-        for x in _tensors(output):
-            self._set_value(x, value)
+        for y in _tensors(output):
+            part = kind == "move" and y.numel() != x.numel()
+            self._set_value(y, dataclasses.replace(value) if part else value)
         if relu is not None:
             self._facts.set("non-zeros", output, relu)
         return output
@@ -568,7 +567,7 @@ def _kind(function: Any) -> Literal["product", "move", "element-wise", "epilogue
         return "product"
     if function.is_view or packet in _MOVES:
         return "move"
-    if torch.Tag.pointwise in function.tags:
+    if torch.Tag.pointwise in function.tags or packet in _ELEMENT_WISE:
         return "element-wise"
     return "epilogue" if packet in _EPILOGUES else "unknown"
 
@@ -632,7 +631,11 @@ _PRODUCTS: dict[Any, Callable[[tuple[Any, ...]], tuple[Tensor, Tensor, Tensor | 
 
 _RELUS = _operators("relu", "relu_")
 
-_MOVES = _operators("_to_copy", "clone", "_unsafe_view", "_reshape_copy")
+_NEW = _operators("new_zeros", "new_empty", "new_ones", "new_full", "zeros_like", "empty_like", "ones_like")
+
+_MOVES = _operators("_to_copy", "clone", "_unsafe_view", "_reshape_copy", "as_strided_")
+
+_ELEMENT_WISE = _operators("hardswish", "hardswish_")  # those that PyTorch does not tag so
 
 # Applied to a layer's output before it is written, besides all that is element-wise.
 _EPILOGUES = _operators(
@@ -761,6 +764,7 @@ class EnergyReport:
         return pd.DataFrame(table)
 
     def __str__(self) -> str:
+        width = max(len(row.name) for row in self._rows)
         sizes = ", ".join(f"{count} x {size}" for size, count in self.batch_sizes.items())
         lines = [
             f"energy ratio {self.ratio:.4f} ({self.accounting}, {self.hardware.name})",
@@ -768,7 +772,7 @@ class EnergyReport:
             f"{_joules(self.dense_joules_per_image)} without, "
             f"{_joules(self.ideal_joules_per_image)} with weights in place",
             f"{self.images} images in batches of {sizes}",
-            f"{'layer':28} {'kind':18} {'firing':>7} {'operations':>11} {'left':>6} "
+            f"{'layer':{width}} {'kind':18} {'firing':>7} {'operations':>11} {'left':>6} "
             f"{'energy':>10} {'share':>6}",
         ]
         total = self.joules_per_image
@@ -777,7 +781,7 @@ class EnergyReport:
             left = f"{float(row.effective) / row.operations:6.1%}" if row.operations else "     -"
             firing = f"{row.firing:7.1%}" if row.outputs else "      -"
             lines.append(
-                f"{row.name:28} {row.kind:18} {firing} {row.operations / self.images:11.4g} {left}"
+                f"{row.name:{width}} {row.kind:18} {firing} {row.operations / self.images:11.4g} {left}"
                 f" {_joules(joules):>10} {joules / total if total else 0:6.1%}"
             )
         lines.append(f"not counted: {'; '.join(self.uncounted) or 'nothing'}")

@@ -305,6 +305,22 @@ def test_matrix_products_of_activations_count_both_as_inputs() -> None:
     assert report.uncounted == []
 
 
+def test_parts_of_a_tensor_are_written_once_each() -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 8), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            left, right = self.first(x).chunk(2, dim=1)
+            return self.second(left) + self.second(right)
+
+    layers = measure(Gate(), images(3, 4), accounting="fused").layers.set_index("name")
+    assert layers.loc["first", "outputs"] == 3 * 8
+    assert layers.loc["second", "inputs"] == layers.loc["second#2", "inputs"] == 3 * 4
+    assert layers.loc["add", "inputs"] == 3 * 2
+
+
 def test_unknown_operators_are_named() -> None:
     class Sorted(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -655,7 +671,7 @@ def test_bad_input_is_refused_with_advice() -> None:
     broken = tiny()
     with torch.no_grad():
         broken[4].weight[0] = float("nan")
-    with pytest.raises(EnergyError, match="output holds NaN.*NaN is in 4.weight"):
+    with pytest.raises(EnergyError, match=r"output holds NaN.*NaN is in 4\.weight"):
         measure(broken, x)
 
 
