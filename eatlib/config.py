@@ -1,15 +1,18 @@
 """What a run is: one flat, validated set of fields, and a hash that names it.
 
 `RunConfig` is one training run. Its defaults are the paper's protocol (arXiv 2307.00368, section 4).
+`Study` is a file of `studies/`: a grid of runs.
 """
 
 import difflib
 import hashlib
+import itertools
 import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -33,9 +36,7 @@ DATASETS: dict[str, dict[str, Any]] = {
 }
 """Known data sets and what `image_size: null` and `augmentation: null` stand for on each."""
 
-EXECUTION_FIELDS = frozenset(
-    {"data_dir", "download", "device", "threads", "checkpoint_every", "save_weights"}
-)
+EXECUTION_FIELDS = frozenset({"data_dir", "download", "device", "threads", "checkpoint_every", "save_weights"})
 """Where and how a run is executed. They do not say what is computed, so the hash leaves them out."""
 
 
@@ -71,21 +72,11 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, populate_by_name=True)
 
     # Data
-    dataset: str = Field(
-        "digits", description="digits, cifar10, gtsrb, celeba, or folder:/path (ImageFolder)"
-    )
-    image_size: Whole | None = Field(
-        None, ge=8, le=512, description="side in pixels; null: the data set's own"
-    )
-    train_samples: Whole | None = Field(
-        None, ge=1, description="stratified subset of the training images; null: all"
-    )
-    test_samples: Whole | None = Field(
-        None, ge=1, description="stratified subset of the test images; null: all"
-    )
-    validation_share: Real = Field(
-        0.1, gt=0, lt=1, description="share of the training images kept for validation"
-    )
+    dataset: str = Field("digits", description="digits, cifar10, gtsrb, celeba, or folder:/path (ImageFolder)")
+    image_size: Whole | None = Field(None, ge=8, le=512, description="side in pixels; null: the data set's own")
+    train_samples: Whole | None = Field(None, ge=1, description="stratified subset of the training images; null: all")
+    test_samples: Whole | None = Field(None, ge=1, description="stratified subset of the test images; null: all")
+    validation_share: Real = Field(0.1, gt=0, lt=1, description="share of the training images kept for validation")
     split_seed: Whole = Field(0, ge=0, description="seed of the splits and subsets, the same for all runs")
     augmentation: Literal["none", "crop", "crop_flip", "crop_rotate"] | None = Field(
         None, description="null: the data set's own"
@@ -94,14 +85,10 @@ class RunConfig(BaseModel):
 
     # Network
     model: str = Field("resnet18", description="resnet18, vgg16 (the paper's), or a torchvision classifier")
-    width: Real = Field(
-        1.0, gt=0, le=4, description="factor on the channels of every layer of the paper's networks"
-    )
+    width: Real = Field(1.0, gt=0, le=4, description="factor on the channels of every layer of the paper's networks")
 
     # Penalty: loss = cross-entropy + lambda * penalty (paper, eq. 3)
-    lambda_: Real = Field(
-        0.0, ge=0, alias="lambda", description="weight of the penalty; 0 is standard training"
-    )
+    lambda_: Real = Field(0.0, ge=0, alias="lambda", description="weight of the penalty; 0 is standard training")
     sigma: Real = Field(1e-4, gt=0, description="softness of the l0 surrogate (paper, eq. 1)")
     penalty: Literal["l0", "l1", "hoyer", "transformed_l1"] = "l0"
     penalty_layers: Literal["relu", "all"] | tuple[str, ...] = Field(
@@ -114,9 +101,7 @@ class RunConfig(BaseModel):
     epochs: Whole = Field(100, ge=1)
     batch_size: Whole = Field(512, ge=2)
     learning_rate: Real = Field(0.1, gt=0)
-    learning_rate_decay: Real = Field(
-        0.95, gt=0, le=1, description="factor on the learning rate after each epoch"
-    )
+    learning_rate_decay: Real = Field(0.95, gt=0, le=1, description="factor on the learning rate after each epoch")
     momentum: Real = Field(0.9, ge=0, lt=1)
     nesterov: bool = True
     weight_decay: Real = Field(5e-4, ge=0)
@@ -125,9 +110,7 @@ class RunConfig(BaseModel):
     seed: Whole = Field(0, ge=0, description="drives weights, order and augmentation")
 
     # Measurement
-    energy_batch_size: Whole = Field(
-        512, ge=1, description="images a batch when energy is measured (paper: 512)"
-    )
+    energy_batch_size: Whole = Field(512, ge=1, description="images a batch when energy is measured (paper: 512)")
     hardware: str = Field("horowitz-45nm-float32", description="a name of eatlib.energy.HARDWARE")
 
     # Execution: not part of the hash
@@ -223,6 +206,93 @@ class RunConfig(BaseModel):
         """A file name that a person can read and that is this run's alone."""
         dataset = re.sub(r"[^A-Za-z0-9]+", "-", self.dataset).strip("-")
         return f"{dataset}_{self.model}_lambda{self.lambda_:g}_seed{self.seed}_{self.hash}"
+
+
+class Block(BaseModel):
+    """A grid within a study: the product of the axes in `grid`, each run with the values in `fixed`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    fixed: dict[str, Any] = {}
+    grid: dict[str, list[Any]] = {}
+
+
+class Study(BaseModel):
+    """A set of runs and how to read them; a YAML file in `studies/`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    label: str = Field(description="what the study is and at what scale; stands on every table and figure")
+    margin: Real = Field(
+        0.03, ge=0, lt=1, description="validation accuracy that EAT may lose against standard training"
+    )
+    fixed: dict[str, Any] = Field({}, description="values that all runs share")
+    blocks: list[Block] = Field(min_length=1)
+
+    @classmethod
+    def load(cls, path: Path) -> "Study":
+        """Read and validate a study file, all its runs included.
+
+        Raises:
+            ConfigError: the file is not YAML, or has an unknown field, a value out of range, ...
+        """
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path}: not a YAML file ({error})") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: must be a mapping with the fields label, fixed, blocks")
+        try:
+            study = cls.model_validate({"name": path.stem} | values)
+        except ValidationError as error:
+            raise ConfigError(explain(error, str(path), list(cls.model_fields))) from None
+        study.runs()
+        return study
+
+    def runs(self) -> list[RunConfig]:
+        """The runs in the order of the file, each once (by hash)."""
+        runs: dict[str, RunConfig] = {}
+        for index, block in enumerate(self.blocks, start=1):
+            twice = block.grid.keys() & (self.fixed | block.fixed).keys()
+            if twice:
+                raise ConfigError(f"study {self.name}, block {index}: {sorted(twice)} both fixed and in the grid")
+            for axis, values in block.grid.items():
+                if not values:
+                    raise ConfigError(f"study {self.name}, block {index}: grid axis {axis!r} has no values")
+            for values in itertools.product(*block.grid.values()):
+                point = self.fixed | block.fixed | dict(zip(block.grid, values, strict=True))
+                run = RunConfig.parse(point, f"study {self.name}, block {index}")
+                runs.setdefault(run.hash, run)
+        return list(runs.values())
+
+    def override(self, changes: dict[str, Any]) -> "Study":
+        """The study with some fields set for all runs; a list is an axis. Its name tells it from the original."""
+        if not changes:
+            return self
+        axes = {key: value for key, value in changes.items() if isinstance(value, list)}
+        fixed = {key: value for key, value in changes.items() if key not in axes}
+
+        def without(values: dict[str, Any]) -> dict[str, Any]:
+            return {key: value for key, value in values.items() if key not in changes}
+
+        blocks = [Block(fixed=without(b.fixed), grid=without(b.grid) | axes) for b in self.blocks]
+        suffix = re.sub(r"[^A-Za-z0-9.=-]+", "-", ",".join(f"{k}={v}" for k, v in sorted(changes.items())))
+        if len(suffix) > 80:
+            suffix = hashlib.sha256(suffix.encode()).hexdigest()[:12]
+        changed = Study(
+            name=f"{self.name}@{suffix.strip('-')}",
+            label=f"{self.label} Changed: {', '.join(f'{k} = {v}' for k, v in sorted(changes.items()))}.",
+            margin=self.margin,
+            fixed=without(self.fixed) | fixed,
+            blocks=blocks,
+        )
+        changed.runs()
+        return changed
+
+    def to_yaml(self) -> str:
+        """The study as the text of a study file."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
 
 
 def explain(error: ValidationError, where: str, known: list[str]) -> str:

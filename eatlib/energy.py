@@ -772,8 +772,7 @@ class EnergyReport:
             f"{_joules(self.dense_joules_per_image)} without, "
             f"{_joules(self.ideal_joules_per_image)} with weights in place",
             f"{self.images} images in batches of {sizes}",
-            f"{'layer':{width}} {'kind':18} {'firing':>7} {'operations':>11} {'left':>6} "
-            f"{'energy':>10} {'share':>6}",
+            f"{'layer':{width}} {'kind':18} {'firing':>7} {'operations':>11} {'left':>6} {'energy':>10} {'share':>6}",
         ]
         total = self.joules_per_image
         for row in self._rows:
@@ -866,9 +865,7 @@ class EnergyMeter:
         finished.end(output)
         if _any_nan(_tensors(output)):
             bad = [name for name, x in self._model.named_parameters() if _any_nan([x])]
-            why = (
-                f"NaN is in {', '.join(bad[:3])}" if bad else "an activation overflowed; look at the weights"
-            )
+            why = f"NaN is in {', '.join(bad[:3])}" if bad else "an activation overflowed; look at the weights"
             raise EnergyError(f"the model's output holds NaN, whose energy means nothing: {why}")
         published = finished.rows["published"]
         shares = _share(published, "parameters") * _share(published, "inputs")
@@ -946,8 +943,7 @@ def energy_report(
             images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
             if not isinstance(images, Tensor):
                 raise EnergyError(
-                    f"a batch is a {type(batch).__name__}: must be a tensor of images or an (images, labels) "
-                    "pair"
+                    f"a batch is a {type(batch).__name__}: must be a tensor of images or an (images, labels) pair"
                 )
             _check_layout(model, images)
             model(images.to(next(model.parameters()).device))
@@ -983,11 +979,7 @@ def activation_cost(
     for layers, accesses, macs in meter._uses:
         for layer in layers:
             cost[layer] += meter.hardware.memory_pj * accesses + meter.hardware.operation_pj * macs
-    return {
-        row.name: cost[row.name] / row.outputs / dense
-        for row in meter._rows["published"].values()
-        if row.outputs
-    }
+    return {row.name: cost[row.name] / row.outputs / dense for row in meter._rows["published"].values() if row.outputs}
 
 
 def _share(rows: list[_Row], what: str) -> Fraction:
@@ -1016,14 +1008,10 @@ def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise EnergyError(f"model is a {type(model).__name__}: must be a torch.nn.Module")
     if next(model.parameters(), None) is None:
-        raise EnergyError(
-            f"{type(model).__name__} has no parameters: there are no weights whose energy could count"
-        )
+        raise EnergyError(f"{type(model).__name__} has no parameters: there are no weights whose energy could count")
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
-            raise EnergyError(
-                f"{name} is not initialised yet: run the model on one batch before it is measured"
-            )
+            raise EnergyError(f"{name} is not initialised yet: run the model on one batch before it is measured")
     for name, module in model.named_modules():
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             raise EnergyError(

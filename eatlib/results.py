@@ -5,15 +5,19 @@ import os
 import platform
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from eatlib.config import RunConfig, explain
+from eatlib.config import EXECUTION_FIELDS, RunConfig, Study, explain
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA_VERSION: Literal[1] = 1
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,41 +190,95 @@ def provenance(*, device: str, threads: int, wall_seconds: float, parameters: in
     )
 
 
-def load_results(folder: Path) -> tuple[list[RunResult], list[str]]:
-    """All results directly in `folder`, sorted by file name, and a message for each file that is not one."""
-    results, problems = [], []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            results.append(RunResult.load(path))
-        except ResultError as error:
-            problems.append(str(error))
-    return results, problems
+@dataclass(frozen=True)
+class StudyResults:
+    """What the results folder of a study holds.
+
+    Attributes:
+        results: of the runs that the study consists of, in its order.
+        missing: the runs that have no result.
+        problems: one message for each file that is not a result.
+    """
+
+    study: Study
+    results: list[RunResult]
+    missing: list[RunConfig]
+    problems: list[str]
+
+    @classmethod
+    def load(cls, folder: Path) -> "StudyResults":
+        """Read `study.yaml` and every JSON in `folder`; results of other configurations are left out.
+
+        Raises:
+            ConfigError: `study.yaml` is not valid.
+            FileNotFoundError: there is none.
+        """
+        study = Study.load(folder / "study.yaml")
+        found, problems = {}, []
+        for path in sorted(folder.glob("*.json")):
+            try:
+                result = RunResult.load(path)
+            except ResultError as error:
+                problems.append(str(error))
+            else:
+                found[result.config_hash] = result
+        runs = study.runs()
+        return cls(
+            study=study,
+            results=[found[run.hash] for run in runs if run.hash in found],
+            missing=[run for run in runs if run.hash not in found],
+            problems=problems,
+        )
+
+    def scale(self) -> list[str]:
+        """For each data set and network, in a line: which images, whether all of them, what width, how long."""
+        lines: dict[str, None] = {}
+        for result in self.results:
+            config, data = result.config, result.data
+            width = "" if config.width == 1 else f" at {config.width:g} of its width"
+            lines[
+                f"{config.model}{width}, {config.epochs} epochs on {data.name}: {data.train:,} training, "
+                f"{data.validation:,} validation and {data.test:,} test images of {data.image_size}x{data.image_size} "
+                f"pixels, from {'the complete' if data.complete else 'a PARTIAL'} data set"
+            ] = None
+        return list(lines)
+
+    def code(self) -> str:
+        """Which commits the results were made by, in a sentence; several are never mixed silently."""
+        commits = {}
+        for result in self.results:
+            commit = result.provenance.git_commit
+            name = "code outside git" if commit is None else f"commit {commit[:10]}"
+            clean = "" if result.provenance.git_clean or commit is None else " with uncommitted changes"
+            commits[name + clean] = commits.get(name + clean, 0) + 1
+        if len(commits) == 1:
+            return f"All runs were made by {next(iter(commits))}."
+        parts = ", ".join(f"{count} by {name}" for name, count in commits.items())
+        return f"MIXED: the runs were made by different versions of the code: {parts}."
+
+    def table(self) -> "pd.DataFrame":
+        """One row a run: the configuration's fields, and accuracies and energies as `<split>_<quantity>`."""
+        import pandas as pd  # a slow import that a training run does without
+
+        return pd.DataFrame([_row(result) for result in self.results])
 
 
-def results_table(results: list[RunResult]) -> Any:
-    """A pandas DataFrame with one row a run: configuration, accuracies and energy ratios of both splits."""
-    import pandas as pd  # a slow import that a training run does without
-
-    rows = []
-    for result in results:
-        config = result.config
-        row: dict[str, Any] = {
-            key: value for key, value in config.to_dict().items() if key not in ("data_dir", "download")
-        }
-        for split in ("validation", "test"):
-            evaluation: Evaluation = getattr(result, split)
-            row[f"{split}_accuracy"] = evaluation.accuracy
-            row[f"{split}_macro_accuracy"] = evaluation.macro_accuracy
-            for accounting, totals in evaluation.energy.items():
-                row[f"{split}_{accounting}_ratio"] = totals.ratio
-                row[f"{split}_{accounting}_joules"] = totals.joules_per_image
-        row |= {
-            "hash": result.config_hash,
-            "complete": result.data.complete,
-            "train_images": result.data.train,
-            "test_images": result.data.test,
-            "git_commit": result.provenance.git_commit,
-            "wall_seconds": result.provenance.wall_seconds,
-        }
-        rows.append(row)
-    return pd.DataFrame(rows)
+def _row(result: RunResult) -> dict[str, Any]:
+    row = {key: value for key, value in result.config.to_dict().items() if key not in EXECUTION_FIELDS}
+    row["penalty_layers"] = str(row["penalty_layers"])  # a list of patterns could not be grouped by
+    for split in ("validation", "test"):
+        evaluation: Evaluation = getattr(result, split)
+        row[f"{split}_accuracy"] = evaluation.accuracy
+        row[f"{split}_macro_accuracy"] = evaluation.macro_accuracy
+        for accounting, totals in evaluation.energy.items():
+            row[f"{split}_{accounting}_ratio"] = totals.ratio
+            row[f"{split}_{accounting}_joules"] = totals.joules_per_image
+    return row | {
+        "hash": result.config_hash,
+        "complete": result.data.complete,
+        "train_images": result.data.train,
+        "validation_images": result.data.validation,
+        "test_images": result.data.test,
+        "git_commit": result.provenance.git_commit,
+        "wall_seconds": result.provenance.wall_seconds,
+    }

@@ -108,9 +108,7 @@ def test_published_reference_of_torchvisions_resnet18() -> None:
     assert "layer2.0.relu#2" in list(report.layers["name"])
 
 
-@pytest.mark.parametrize(
-    "name", ["alexnet", "squeezenet1_1", "mobilenet_v2", "mnasnet0_5", "googlenet", "densenet121"]
-)
+@pytest.mark.parametrize("name", ["alexnet", "squeezenet1_1", "mobilenet_v2", "mnasnet0_5", "googlenet", "densenet121"])
 def test_published_is_the_simulators_arithmetic_on_other_networks(name: str) -> None:
     from torchvision.models import get_model
 
@@ -280,8 +278,7 @@ def test_shares_of_zeros_approximate_the_exact_macs() -> None:
     """
     model, x = tiny(), images(4, 3, 16, 16)
     shares, exact = (
-        measure(model, x, accounting="fused", exact_macs=way).layers["effective_operations"]
-        for way in (False, True)
+        measure(model, x, accounting="fused", exact_macs=way).layers["effective_operations"] for way in (False, True)
     )
     assert (exact <= shares).all()
     assert exact.sum() == pytest.approx(shares.sum(), rel=0.15)
@@ -390,8 +387,7 @@ def test_count_nonzero_of_any_layout() -> None:
 def test_sums_are_the_same_for_any_split_but_for_the_weights(exact_macs: bool) -> None:
     model, x = build_model("resnet18", classes=4, image_size=16, width=1 / 16), images(7, 3, 16, 16)
     whole, split = (
-        measure(model, *batches, accounting="fused", exact_macs=exact_macs)
-        for batches in ([x], [x[:4], x[4:6], x[6:]])
+        measure(model, *batches, accounting="fused", exact_macs=exact_macs) for batches in ([x], [x[:4], x[4:6], x[6:]])
     )
     for column in whole.layers.columns.drop(["joules_per_image", "dense_joules_per_image", "share"]):
         factor = 3 if "parameters" in column else 1

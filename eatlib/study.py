@@ -1,0 +1,711 @@
+"""A study -> the runs that are missing -> papermill, here or on a cluster.
+
+    python -m eatlib.study run quick
+    python -m eatlib.study list
+
+Each run is a process of its own that executes `notebooks/1_train.ipynb` with papermill; Dask says where and when.
+In `results/<study>/`, `<run>.json` is the one sign that a run is done; `notebooks/` holds the executed notebooks
+and `work/` what a run needs while it is not done: its lock, log, checkpoint and progress.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from eatlib.config import ConfigError, RunConfig, Study
+from eatlib.results import ROOT, ResultError, RunResult, write_atomically
+
+STUDIES = ROOT / "studies"
+RESULTS = ROOT / "results"
+TRAIN_NOTEBOOK = ROOT / "notebooks" / "1_train.ipynb"
+TRADEOFF_NOTEBOOK = ROOT / "notebooks" / "2_tradeoff.ipynb"
+
+TRAINING_CODE = [
+    f"eatlib/{module}.py" for module in ("config", "data", "models", "activations", "penalties", "energy", "training")
+]
+"""What decides the numbers in a result; when it changes, older results are stale."""
+
+MEMORY_PER_RUN = 2 << 30
+"""Bytes of memory that the default number of workers allows each run."""
+BUSY = 3
+"""Exit status of a run's process when another process is at work on the same run."""
+STOPPED = 128 + signal.SIGTERM
+
+
+class StudyError(Exception):
+    """Something the user asked for that cannot be done; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a study and the files it uses."""
+
+    config: RunConfig
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def result(self) -> Path:
+        return self.folder / f"{self.name}.json"
+
+    @property
+    def notebook(self) -> Path:
+        return self.folder / "notebooks" / f"{self.name}.ipynb"
+
+    @property
+    def work(self) -> Path:
+        return self.folder / "work" / self.name
+
+    @property
+    def lock(self) -> Path:
+        return self.work.parent / f"{self.name}.lock"
+
+    @property
+    def log(self) -> Path:
+        return self.work.parent / f"{self.name}.log"
+
+    def load(self) -> RunResult | None:
+        """The result if the run is done: it is there, validates, and is of this very configuration."""
+        try:
+            result = RunResult.load(self.result)
+        except (ResultError, OSError):
+            return None
+        return result if result.config_hash == self.config.hash else None
+
+    def parameters(self) -> dict[str, Any]:
+        """What papermill sets in the notebook."""
+        values = self.config.model_dump(mode="json")
+        return values | {"result_path": str(self.work / "result.json"), "work_dir": str(self.work)}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one attempt at a run ended."""
+
+    name: str
+    status: Literal["done", "failed", "busy", "stopped"]
+    seconds: float = 0.0
+    error: str = ""
+
+
+# --- one run, in a process of its own ---------------------------------------------------------------------------
+
+
+def execute(job: Job, *, force: bool, wait: bool) -> int:
+    """Execute the run's notebook in this process, unless it is done or another process is at it.
+
+    The lock belongs to the process and ends with it, however it ends. The notebook writes its result into the
+    work folder; only one that validates is moved to where it counts.
+    """
+    # At import, jsonschema's optional check of international addresses compiles a grammar, for over a second.
+    sys.modules.setdefault("rfc3987_syntax", None)
+    import papermill
+    from filelock import FileLock, Timeout
+
+    job.work.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(job.lock, timeout=-1 if wait else 0)
+    try:
+        lock.acquire()
+    except Timeout:
+        return BUSY
+    with lock:
+        if not force and job.load() is not None:
+            return 0
+        if force:
+            shutil.rmtree(job.work, ignore_errors=True)
+            job.work.mkdir(parents=True)
+        job.notebook.parent.mkdir(parents=True, exist_ok=True)
+        papermill.execute_notebook(
+            TRAIN_NOTEBOOK,
+            job.notebook,
+            job.parameters(),
+            kernel_name="python3",
+            progress_bar=False,
+            cwd=str(job.folder),
+        )
+        finished = job.work / "result.json"
+        if not finished.exists():
+            raise RuntimeError("the notebook ended without writing a result")
+        if RunResult.load(finished).config_hash != job.config.hash:
+            raise RuntimeError("the notebook wrote a result of another configuration")
+        finished.replace(job.result)
+        shutil.rmtree(job.work, ignore_errors=True)
+    return 0
+
+
+def _die_with(parent: int) -> None:
+    """End this process and its kernel on SIGTERM, or when the process that started it is gone."""
+    import psutil
+
+    def end(*_: object) -> None:
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
+        os._exit(STOPPED)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        end()
+
+    signal.signal(signal.SIGTERM, end)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run_process(job: Job, *, force: bool, wait: bool, threads: int, stop: Path, gpus: list[str]) -> Outcome:
+    """Start the process that executes one run and see it to its end. This is the task that Dask sends to a worker.
+
+    Args:
+        wait: if another process is at the run, wait for it; else come back as "busy".
+        stop: when this file appears, the run is ended.
+        gpus: identifiers of local GPUs to take one of; empty: leave the choice to the environment.
+    """
+    start = time.monotonic()
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    environment = _environment() | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    gpu = _take_gpu(gpus)
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
+    request = {
+        "config": job.config.to_dict(),
+        "folder": str(job.folder),
+        "force": force,
+        "wait": wait,
+    }
+    try:
+        with job.log.open("w") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "eatlib.study", "_execute", json.dumps(request)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,  # Ctrl-C reaches the runner alone, which then ends its runs in order
+            )
+            while process.poll() is None:
+                if stop.exists():
+                    process.terminate()
+                    process.wait()
+                    break
+                time.sleep(0.1)
+    finally:
+        if gpu is not None:
+            _GPUS_IN_USE.discard(gpu)
+    seconds = time.monotonic() - start
+    if process.returncode == BUSY:
+        return Outcome(job.name, "busy")
+    if stop.exists():
+        return Outcome(job.name, "stopped", seconds)
+    if process.returncode == 0 and job.load() is not None:
+        job.log.unlink(missing_ok=True)
+        return Outcome(job.name, "done", seconds)
+    return Outcome(job.name, "failed", seconds, _last_error(job, process.returncode))
+
+
+def _environment() -> dict[str, str]:
+    """For processes that execute notebooks: this Python and this eatlib, whatever else the user has installed."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"JUPYTER_PREFER_ENV_PATH": "1", "PYTHONPATH": path}
+
+
+_GPUS_IN_USE: set[str] = set()
+_GPU_LOCK = threading.Lock()
+
+
+def _take_gpu(gpus: list[str]) -> str | None:
+    with _GPU_LOCK:
+        for gpu in gpus:
+            if gpu not in _GPUS_IN_USE:
+                _GPUS_IN_USE.add(gpu)
+                return gpu
+    return None
+
+
+def _last_error(job: Job, status: int) -> str:
+    """What went wrong, in a few lines: the notebook's error if it holds one, else the end of the log."""
+    try:
+        cells = json.loads(job.notebook.read_text())["cells"]
+    except (OSError, ValueError, KeyError):
+        cells = []
+    for cell in cells:
+        for output in cell.get("outputs", []):
+            if output.get("output_type") == "error":
+                return f"{output['ename']}: {output['evalue']}"
+    lines = [line for line in job.log.read_text(errors="replace").splitlines() if line.strip()]
+    return "\n".join(lines[-3:]) or f"the run's process ended with status {status} and no message"
+
+
+# --- a study ----------------------------------------------------------------------------------------------------
+
+
+def load_study(name: str, changes: dict[str, Any] | None = None) -> Study:
+    """A study of `studies/` by name, with `changes` applied to all its runs.
+
+    Raises:
+        StudyError: no such study, or a field that cannot be used.
+    """
+    path = STUDIES / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(path.stem for path in STUDIES.glob("*.yaml")))
+        raise StudyError(f"unknown study {name!r}; there are: {known}")
+    try:
+        return Study.load(path).override(changes or {})
+    except ConfigError as error:
+        raise StudyError(str(error)) from None
+
+
+def jobs(study: Study, results: Path) -> list[Job]:
+    """The runs of a study with their files under `results`."""
+    return [Job(config, results / study.name) for config in study.runs()]
+
+
+def code_changed(result: RunResult) -> bool | None:
+    """Whether `TRAINING_CODE` differs from what made this result; None if git cannot tell."""
+    commit = result.provenance.git_commit
+    if commit is None or not result.provenance.git_clean:
+        return None
+    command = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", *TRAINING_CODE]
+    status = subprocess.run(command, capture_output=True).returncode
+    return {0: False, 1: True}.get(status)
+
+
+def run_study(
+    study: Study,
+    results: Path = RESULTS,
+    *,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    force: bool = False,
+    quiet: bool = False,
+) -> list[Outcome]:
+    """Execute the runs that have no result yet, in parallel; each goes its own way whatever becomes of the others.
+
+    Args:
+        results: the folder that holds one folder a study.
+        workers: runs at a time on this machine; None: what its cores and memory allow.
+        scheduler: address of a Dask scheduler whose workers see `results` under the same path.
+        force: also execute the runs that have a result.
+
+    Returns:
+        One outcome for each run that was attempted.
+    """
+    from dask.distributed import Client, LocalCluster, as_completed
+
+    todo = [job for job in jobs(study, results) if force or job.load() is None]
+    folder = results / study.name
+    try:
+        (folder / "work").mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "study.yaml", study.to_yaml())
+    except OSError as error:
+        raise StudyError(f"cannot write to the results folder {folder}: {error.strerror}") from None
+    if not todo:
+        return []
+    _check_parameters(todo[0])
+
+    gpus: list[str] = []
+    if scheduler is None:
+        gpus = _local_gpus()
+        count = workers or _default_workers(todo, gpus)
+        count = min(count, len(todo))
+        threads = todo[0].config.threads or max(1, _cores() // count)
+        cluster = LocalCluster(
+            n_workers=1, threads_per_worker=count, processes=False, dashboard_address=":0", silence_logs=50
+        )
+        client = Client(cluster)
+    else:
+        cluster = None
+        try:
+            client = Client(scheduler, timeout=5)
+        except (OSError, TimeoutError, ValueError) as error:
+            raise StudyError(f"no Dask scheduler answers at {scheduler}: {error}") from None
+        threads = todo[0].config.threads or 1
+        if "dashboard" in client.scheduler_info().get("services", {}):
+            print(f"Dask dashboard: {client.dashboard_link}")
+    stop = folder / "work" / f".stop-{uuid.uuid4().hex}"
+    submit = {"force": force, "threads": threads, "stop": stop, "gpus": gpus}
+    # An unmet resource waits for ever: a GPU is only asked for where workers declare them.
+    if any(worker.get("resources", {}).get("GPU") for worker in client.scheduler_info()["workers"].values()):
+        resources = {"GPU": 1}
+    else:
+        resources = None
+
+    progress = _Progress(todo, total=len(jobs(study, results)), quiet=quiet)
+    outcomes: dict[str, Outcome] = {}
+    submitted: dict[Any, Job] = {}
+
+    def start(job: Job, *, wait: bool) -> Any:
+        future = client.submit(run_process, job, wait=wait, **submit, resources=resources, pure=False)
+        submitted[future] = job
+        return future
+
+    try:
+        running = as_completed([start(job, wait=False) for job in todo])
+        ticker = threading.Thread(target=progress.tick, daemon=True)
+        ticker.start()
+        for future in running:
+            job = submitted[future]
+            try:
+                outcome = future.result()
+            except Exception as error:  # the worker died, more often than Dask retries
+                outcome = Outcome(job.name, "failed", error=f"{type(error).__name__}: {error}")
+            if outcome.status == "busy":
+                running.add(start(job, wait=True))
+                continue
+            outcomes[job.name] = outcome
+            progress.finished(job, outcome)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        stop.touch()
+        client.cancel(list(submitted))
+        _wait_for_end(todo)
+        raise
+    finally:
+        progress.close()
+        client.close()
+        if cluster is not None:
+            cluster.close()
+        stop.unlink(missing_ok=True)
+    return list(outcomes.values())
+
+
+def _check_parameters(job: Job) -> None:
+    """papermill only warns about a parameter that the notebook lacks, so look before anything starts."""
+    import nbformat
+
+    notebook = nbformat.read(TRAIN_NOTEBOOK, as_version=4)
+    cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise StudyError(f"{TRAIN_NOTEBOOK} must have exactly one cell tagged 'parameters', not {len(cells)}")
+    known = {line.split(":")[0].split("=")[0].strip() for line in cells[0].source.splitlines() if "=" in line}
+    missing = sorted(job.parameters().keys() - known)
+    if missing:
+        raise StudyError(f"{TRAIN_NOTEBOOK} has no parameter {', '.join(missing)}")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _local_gpus() -> list[str]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [gpu for gpu in visible.split(",") if gpu.strip()]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.split()
+
+
+def _default_workers(todo: list[Job], gpus: list[str]) -> int:
+    """As many runs at a time as there are GPUs, or cores and memory for one thread each."""
+    import psutil
+
+    if gpus and todo[0].config.device != "cpu":
+        return len(gpus)
+    by_cores = _cores() // (todo[0].config.threads or 1)
+    by_memory = psutil.virtual_memory().available // MEMORY_PER_RUN
+    return max(1, min(by_cores, by_memory))
+
+
+def _wait_for_end(todo: list[Job], timeout: float = 10) -> None:
+    """Wait until no process holds the lock of any of these runs."""
+    from filelock import FileLock, Timeout
+
+    deadline = time.monotonic() + timeout
+    for job in todo:
+        if job.lock.exists():
+            try:
+                FileLock(job.lock, timeout=max(0, deadline - time.monotonic())).acquire().lock.release()
+            except Timeout:
+                return
+
+
+class _Progress:
+    """What is running, how far it is, and how long it will take: a bar on a terminal, else a line a finished run."""
+
+    def __init__(self, todo: list[Job], *, total: int, quiet: bool) -> None:
+        from tqdm import tqdm
+
+        self._quiet = quiet
+        self._open = {job.name: job for job in todo}
+        self._done = total - len(todo)
+        self._total = total
+        self._bar: tqdm[Any] | None = None
+        self._closed = threading.Event()
+        if self._done and not quiet:
+            print(f"{self._done} of {total} runs have a result already")
+        if sys.stderr.isatty() and not quiet:
+            self._bar = tqdm(
+                total=len(todo),
+                bar_format="{n:.1f}/{total} runs |{bar:20}| {elapsed}, {remaining} left {postfix}",
+                dynamic_ncols=True,
+            )
+
+    def tick(self) -> None:
+        """Keep the bar up to date from what the runs write after each epoch."""
+        shares: dict[str, float] = {}
+        while self._bar is not None and not self._closed.wait(0.5):
+            texts = []
+            running = list(self._open.values())
+            for job in running:
+                try:
+                    state = json.loads((job.work / "progress.json").read_text())
+                except (OSError, ValueError):
+                    continue
+                config = job.config
+                shares[job.name] = state["epoch"] / state["epochs"]
+                texts.append(
+                    f"{config.model} {config.dataset} lambda {config.lambda_:g} seed {config.seed}: "
+                    f"epoch {state['epoch']}/{state['epochs']}, {state['images_per_second']:.0f} images/s"
+                )
+            more = f" and {len(texts) - 2} more" if len(texts) > 2 else ""
+            self._bar.n = self._bar.total - len(running) + sum(shares.get(job.name, 0) for job in running)
+            self._bar.set_postfix_str("; ".join(texts[:2]) + more if texts else "starting")
+
+    def finished(self, job: Job, outcome: Outcome) -> None:
+        """Say how a run ended."""
+        self._open.pop(job.name, None)
+        self._done += outcome.status == "done"
+        if outcome.status == "failed":
+            text = f"FAILED {job.name}: {outcome.error}\n       see {job.notebook}"
+        else:
+            text = f"{outcome.status} {job.name} in {outcome.seconds:.0f} s ({self._done} of {self._total})"
+        if self._bar is not None:
+            if outcome.status == "failed":
+                self._bar.write(text)
+        elif outcome.status == "failed" or not self._quiet:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._closed.set()
+        if self._bar is not None:
+            self._bar.n = self._bar.total - len(self._open)
+            self._bar.set_postfix_str("")
+            self._bar.close()
+
+
+def render(study_name: str, results: Path) -> None:
+    """Execute `2_tradeoff.ipynb` on the study's results, beside them, and make a self-contained page of it."""
+    import papermill
+    from nbconvert import HTMLExporter
+
+    notebook = results / study_name / "tradeoff.ipynb"
+    papermill.execute_notebook(
+        TRADEOFF_NOTEBOOK,
+        notebook,
+        {"study": study_name, "results": str(results)},
+        kernel_name="python3",
+        progress_bar=False,
+    )
+    exporter = HTMLExporter(
+        exclude_input=True, exclude_output_prompt=True, embed_images=True, mathjax_url="", require_js_url=""
+    )
+    write_atomically(notebook.with_suffix(".html"), exporter.from_filename(str(notebook))[0])
+
+
+# --- the command line -------------------------------------------------------------------------------------------
+
+
+def _changes(items: Iterable[str]) -> dict[str, Any]:
+    changes = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise StudyError(f"--set {item!r}: must be FIELD=VALUE, for example epochs=10 or seed=[0,1]")
+        try:
+            changes[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise StudyError(f"--set {item!r}: {value!r} is not a YAML value") from None
+    return changes
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m eatlib.study", description="Run the studies of energy-aware training."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="execute the runs of a study that have no result yet, then draw it")
+    run.add_argument("study", nargs="?", default="quick", help="a file of studies/ (default: quick)")
+    run.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="set fields for all runs; a list is an axis",
+    )
+    run.add_argument("--dry-run", action="store_true", help="show the runs and what there is of them; do nothing")
+    run.add_argument("--stale", action="store_true", help="show the results made by other code; do nothing")
+    run.add_argument("--force", action="store_true", help="execute also the runs that have a result")
+    run.add_argument("--workers", type=int, metavar="N", help="runs at a time (default: what the machine allows)")
+    run.add_argument("--scheduler", metavar="ADDRESS", help="use this Dask scheduler ($DASK_SCHEDULER_ADDRESS)")
+    run.add_argument("--download", action="store_true", help="fetch a data set that is not there")
+    run.add_argument("--quiet", action="store_true", help="say only what failed, and the results")
+    run.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where results go (results/)")
+    listing = commands.add_parser("list", help="show the studies and how many of their runs are done")
+    listing.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    clean = commands.add_parser("clean", help="delete a study's logs, checkpoints and executed notebooks")
+    clean.add_argument("study", help="a study, or the name of its folder in results/")
+    clean.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    changes = _changes(arguments.set)
+    if arguments.workers is not None and arguments.workers < 1:
+        raise StudyError(f"--workers {arguments.workers}: must be 1 or more")
+    if arguments.download:
+        changes["download"] = True
+    study = load_study(arguments.study, {k: v for k, v in changes.items() if k != "download"})
+    if arguments.download:
+        study = study.model_copy(update={"fixed": study.fixed | {"download": True}})
+    results = arguments.results.resolve()
+    if arguments.dry_run or arguments.stale:
+        _show_runs(study, results, only_stale=arguments.stale)
+        return 0
+    scheduler = arguments.scheduler or os.environ.get("DASK_SCHEDULER_ADDRESS")
+    if not arguments.quiet:
+        print(f"{study.name}: {study.label}", flush=True)
+    outcomes = run_study(
+        study,
+        results,
+        workers=arguments.workers,
+        scheduler=scheduler,
+        force=arguments.force,
+        quiet=arguments.quiet,
+    )
+    failed = [outcome for outcome in outcomes if outcome.status != "done"]
+    if not outcomes:
+        print("every run has a result already; --force trains them again")
+    if any(job.load() is not None for job in jobs(study, results)):
+        _show_results(study, results)
+    if failed:
+        print(
+            f"{len(failed)} of {len(outcomes)} runs failed; the next call runs only these again",
+            file=sys.stderr,
+        )
+    return 1 if failed else 0
+
+
+def _show_results(study: Study, results: Path) -> int:
+    """Draw the figures, print the table and where everything is; 1 if the figures could not be drawn."""
+    from filelock import FileLock
+
+    from eatlib import figures
+    from eatlib.results import StudyResults
+
+    folder = results / study.name
+    log = folder / "work" / "render.log"
+    with FileLock(log.with_suffix(".lock")), log.open("w") as output:
+        status = subprocess.run(
+            [sys.executable, "-m", "eatlib.study", "_render", study.name, str(results)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=_environment(),
+        ).returncode
+    found = StudyResults.load(folder)
+    summary = figures.tradeoff_table(found.table(), margin=study.margin)
+    print(f"\n{study.label}\n\n{figures.readable(summary).to_string(index=False)}\n")
+    if status != 0:
+        print(f"the figures could not be drawn, see {log}", file=sys.stderr)
+        return 1
+    log.unlink(missing_ok=True)
+    for path in (*sorted(folder.glob("*.png")), folder / "tradeoff.ipynb", folder / "tradeoff.html"):
+        print(path)
+    return 0
+
+
+def _show_runs(study: Study, results: Path, *, only_stale: bool) -> None:
+    """Print a line a run: whether it is done, and how long it took or may take."""
+    known = [RunResult.load(path) for path in results.glob("*/*.json")]
+    rates: dict[tuple[Any, ...], list[float]] = {}
+
+    def kind(config: RunConfig) -> tuple[Any, ...]:
+        return config.dataset, config.model, config.width, config.image_size, config.train_samples
+
+    for result in known:
+        rates.setdefault(kind(result.config), []).append(result.provenance.wall_seconds / result.config.epochs)
+    left, unknown = 0.0, 0
+    for job in jobs(study, results):
+        result = job.load()
+        if result is not None:
+            changed = code_changed(result)
+            state = {True: "stale: the code has changed", False: "done", None: "done, code unknown"}[changed]
+            if only_stale and changed is False:
+                continue
+            print(f"{job.name}  {state}, {result.provenance.wall_seconds:.0f} s")
+            continue
+        if only_stale:
+            continue
+        past = sorted(rates.get(kind(job.config), []))
+        if past:
+            seconds = past[len(past) // 2] * job.config.epochs
+            left += seconds
+            print(f"{job.name}  missing, about {seconds:.0f} s")
+        else:
+            unknown += 1
+            print(f"{job.name}  missing")
+    if not only_stale:
+        note = f", and {unknown} runs of which no like has run here" if unknown else ""
+        print(f"left: about {left / 60:.0f} minutes one after another{note}")
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    for path in sorted(STUDIES.glob("*.yaml")):
+        study = load_study(path.stem)
+        all_jobs = jobs(study, arguments.results)
+        done = sum(job.load() is not None for job in all_jobs)
+        print(f"{study.name:12} {done:4} of {len(all_jobs):4} runs done   {study.label}")
+    return 0
+
+
+def _clean(arguments: argparse.Namespace) -> int:
+    folder = arguments.results / arguments.study
+    if not folder.is_dir():
+        raise StudyError(f"{folder} is not there")
+    for name in ("work", "notebooks"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Do what the command line says; 0: all well, 1: runs failed, 2: cannot be done, 130: interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["_execute"]:
+        _die_with(os.getppid())
+        request = json.loads(arguments[1])
+        job = Job(RunConfig.parse(request["config"]), Path(request["folder"]))
+        return execute(job, force=request["force"], wait=request["wait"])
+    if arguments[:1] == ["_render"]:
+        render(arguments[1], Path(arguments[2]))
+        return 0
+    options = _parser().parse_args(arguments)
+    try:
+        return {"run": _run, "list": _list, "clean": _clean}[options.command](options)
+    except StudyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; what is finished is kept, and the next call resumes the rest", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    from eatlib import study  # under its own name: Dask could not send what is defined in __main__
+
+    sys.exit(study.main())

@@ -1,0 +1,33 @@
+"""What nbval does not see: that the notebooks have outputs to check, and the parameters that a study sets."""
+
+import ast
+
+import nbformat
+import pytest
+
+from eatlib.config import RunConfig
+from eatlib.results import ROOT
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def test_there_are_notebooks():
+    assert [path.name[:2] for path in NOTEBOOKS] == ["0_", "1_", "2_"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_a_notebook_has_outputs_and_no_errors(path):
+    """A notebook without outputs passes nbval without anything being checked."""
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    outputs = [output for cell in cells for output in cell.outputs]
+    checked = [c for c in cells if c.outputs and "nbval-ignore-output" not in c.metadata.get("tags", [])]
+    assert checked, "nbval would compare nothing"
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run it top to bottom"
+
+
+def test_the_training_notebook_has_every_field_and_no_other():
+    notebook = nbformat.read(ROOT / "notebooks" / "1_train.ipynb", as_version=4)
+    (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    names = [statement.target.id for statement in ast.parse(cell.source).body]
+    assert names == [*RunConfig.model_fields, "result_path", "work_dir"]

@@ -1,0 +1,329 @@
+"""Studies as a user runs them: real processes, real notebooks, and every way that they may end."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from eatlib.config import RunConfig, Study
+from eatlib.results import ROOT, RunResult, StudyResults
+from eatlib.study import BUSY, TRAIN_NOTEBOOK, TRAINING_CODE, Job, code_changed, execute, load_study, run_study
+
+SMALL = {
+    "dataset": "digits",
+    "model": "vgg16",
+    "width": 0.0625,
+    "train_samples": 200,
+    "test_samples": 60,
+    "epochs": 2,
+    "batch_size": 50,
+    "learning_rate": 0.05,
+}
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "eatlib.study", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+    )
+
+
+def small_study(lambdas: list[float], **fixed: object) -> Study:
+    return Study(name="small", label="test", fixed=SMALL | fixed, blocks=[{"grid": {"lambda": lambdas}}])
+
+
+def wait_for(condition, timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.05)
+
+
+def test_a_study_from_the_command_line_to_the_figures(tmp_path):
+    templates = {path: path.read_bytes() for path in (ROOT / "notebooks").glob("*.ipynb")}
+    first = command("run", "smoke", "--results", str(tmp_path / "with space"))
+    assert first.returncode == 0, first.stderr
+    folder = tmp_path / "with space" / "smoke"
+    found = StudyResults.load(folder)
+    assert len(found.results) == 2
+    assert not found.missing
+    assert not found.problems
+    for name in ("tradeoff.png", "tradeoff.pdf", "tradeoff.ipynb", "tradeoff.html"):
+        assert (folder / name).stat().st_size > 1000
+    assert load_study("smoke").label in (folder / "tradeoff.html").read_text()
+    assert "energy ratio EAT" in first.stdout
+    assert str(folder / "tradeoff.html") in first.stdout
+    assert not list((folder / "work").glob("*.log")), "a finished run leaves no work behind"
+    assert {path: path.read_bytes() for path in templates} == templates
+
+    before = {path: path.read_bytes() for path in folder.glob("*.json")}
+    second = command("run", "smoke", "--results", str(tmp_path / "with space"))
+    assert second.returncode == 0, second.stderr
+    assert "done" not in second.stdout
+    assert {path: path.read_bytes() for path in folder.glob("*.json")} == before
+
+
+def test_a_failing_run_is_reported_and_harms_no_other(tmp_path):
+    study = Study(
+        name="mixed",
+        label="test",
+        fixed=SMALL,
+        blocks=[
+            {"fixed": {"dataset": f"folder:{tmp_path}/nowhere"}, "grid": {"lambda": [0]}},
+            {"grid": {"lambda": [0]}},
+        ],
+    )
+    outcomes = run_study(study, tmp_path, workers=2)
+    bad, good = sorted(outcomes, key=lambda outcome: outcome.name.startswith("digits"))
+    assert good.status == "done"
+    assert bad.status == "failed"
+    assert "nowhere" in bad.error
+    assert [result.config.dataset for result in StudyResults.load(tmp_path / "mixed").results] == ["digits"]
+    job = Job(study.runs()[0], tmp_path / "mixed")
+    assert not job.result.exists()
+    assert "nowhere" in job.notebook.read_text(), "the executed notebook is kept for a look"
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_result(tmp_path):
+    whole = small_study([1.0], epochs=6)
+    run_study(whole, tmp_path / "whole")
+    job = Job(whole.runs()[0], tmp_path / "killed" / whole.name)
+    request = {"config": job.config.to_dict(), "folder": str(job.folder), "force": False, "wait": False}
+    process = subprocess.Popen([sys.executable, "-m", "eatlib.study", "_execute", json.dumps(request)])
+    progress = job.work / "progress.json"
+    wait_for(progress.exists)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not job.result.exists()
+    assert json.loads(progress.read_text())["epoch"] < 6
+    (outcome,) = run_study(whole, tmp_path / "killed")
+    assert outcome.status == "done"
+    assert re.search(r"resumed after epoch \d", job.notebook.read_text())
+    first, second = (
+        RunResult.load(path / whole.name / job.result.name) for path in (tmp_path / "whole", tmp_path / "killed")
+    )
+    assert first.test == second.test
+    timeless = [[epoch.model_copy(update={"seconds": 0}) for epoch in r.history] for r in (first, second)]
+    assert timeless[0] == timeless[1]
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path, make_result):
+    job = Job(RunConfig.parse({"epochs": 1}), tmp_path)
+    job.work.mkdir(parents=True)
+    with FileLock(job.lock):
+        assert execute(job, force=False, wait=False) == BUSY
+    make_result().save(job.result)
+    before = job.result.read_bytes()
+    assert execute(job, force=False, wait=True) == 0
+    assert job.result.read_bytes() == before
+    assert not job.notebook.exists(), "nothing was executed"
+
+
+def test_two_runners_share_a_study(tmp_path):
+    arguments = [sys.executable, "-m", "eatlib.study", "run", "smoke", "--workers", "1", "--results", str(tmp_path)]
+    runners = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [runner.communicate()[0] for runner in runners]
+    assert [runner.returncode for runner in runners] == [0, 0], outputs
+    found = StudyResults.load(tmp_path / "smoke")
+    assert len(found.results) == 2
+    assert not found.problems
+
+
+def test_interrupting_a_study_keeps_what_is_finished_and_leaves_no_process(tmp_path):
+    arguments = ["run", "smoke", "--set", "epochs=500", "--workers", "1", "--results", str(tmp_path)]
+    runner = subprocess.Popen([sys.executable, "-m", "eatlib.study", *arguments], stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: list(tmp_path.glob("*/work/*/progress.json")))
+    runner.send_signal(signal.SIGINT)
+    _, errors = runner.communicate(timeout=60)
+    assert runner.returncode == 130
+    assert "the next call resumes" in errors
+    assert "Traceback" not in errors
+    for lock in tmp_path.glob("*/work/*.lock"):
+        FileLock(lock, timeout=5).acquire().lock.release()
+    assert not list(tmp_path.glob("*/work/.stop-*"))
+    assert list(tmp_path.glob("*/work/*/checkpoint/*")), "the next call has something to resume from"
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """The address of a Dask scheduler with one worker, both processes on this machine, and the worker's pid file."""
+    file = tmp_path / "scheduler.json"
+    dask = str(Path(sys.executable).with_name("dask"))
+    common = ["--scheduler-file", str(file), "--host", "127.0.0.1", "--no-dashboard"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen([dask, "scheduler", "--port", "0", *common], env=environment),
+        subprocess.Popen([dask, "worker", "--nthreads", "2", *common], env=environment, cwd=tmp_path),
+    ]
+    wait_for(file.exists)
+    yield json.loads(file.read_text())["address"]
+    for process in processes:
+        process.terminate()
+        process.wait()
+
+
+def test_a_study_runs_on_a_cluster(tmp_path, cluster):
+    done = command("run", "smoke", "--results", str(tmp_path), DASK_SCHEDULER_ADDRESS=cluster)
+    assert done.returncode == 0, done.stderr
+    assert len(StudyResults.load(tmp_path / "smoke").results) == 2
+
+
+def test_a_worker_that_dies_is_replaced(tmp_path, cluster):
+    from dask.distributed import Client
+
+    arguments = ["run", "smoke", "--set", "epochs=40", "--results", str(tmp_path), "--scheduler", cluster]
+    runner = subprocess.Popen([sys.executable, "-m", "eatlib.study", *arguments], stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: list(tmp_path.glob("*/work/*/progress.json")))
+    with Client(cluster) as client:
+        (process,) = client.run(os.getpid).values()
+    os.kill(process, signal.SIGKILL)
+    output, _ = runner.communicate(timeout=300)
+    assert runner.returncode == 0, output
+    assert len(StudyResults.load(tmp_path / "smoke@epochs=40").results) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "nope"], "unknown study 'nope'; there are: "),
+        (["run", "smoke", "--set", "epochs=0"], "epochs = 0"),
+        (["run", "smoke", "--set", "epoch=1"], "did you mean 'epochs'"),
+        (["run", "smoke", "--set", "epochs"], "must be FIELD=VALUE"),
+        (["run", "smoke", "--workers", "0"], "--workers 0"),
+        (["run", "smoke", "--frob"], "--frob"),
+        (["run", "smoke", "--scheduler", "tcp://127.0.0.1:9"], "no Dask scheduler answers"),
+        (["clean", "nope"], "not there"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line_and_exits_2(tmp_path, arguments, message):
+    done = command(*arguments, "--results", str(tmp_path))
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_unwritable_results_folder_is_said(tmp_path):
+    tmp_path.chmod(0o500)
+    done = command("run", "smoke", "--results", str(tmp_path))
+    assert done.returncode == 2
+    assert "cannot write to the results folder" in done.stderr
+
+
+def test_a_file_where_results_should_go_is_said(tmp_path):
+    (tmp_path / "results").write_text("")
+    done = command("run", "smoke", "--results", str(tmp_path / "results"))
+    assert done.returncode == 2
+    assert "cannot write to the results folder" in done.stderr
+
+
+def test_a_dry_run_shows_the_runs_and_changes_nothing(tmp_path):
+    done = command("run", "smoke", "--dry-run", "--results", str(tmp_path / "results"))
+    assert done.returncode == 0
+    assert done.stdout.count("missing") == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_results_of_other_code_are_stale(tmp_path, monkeypatch, make_result):
+    def git(*arguments):
+        identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+        done = subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    code = tmp_path / TRAINING_CODE[0]
+    code.parent.mkdir()
+    code.write_text("old")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "one")
+    monkeypatch.setattr("eatlib.study.ROOT", tmp_path)
+    here = {"git_commit": git("rev-parse", "HEAD"), "git_clean": True}
+    made = make_result()
+
+    def changed(**provenance):
+        return code_changed(made.model_copy(update={"provenance": made.provenance.model_copy(update=provenance)}))
+
+    assert changed(**here) is False
+    (tmp_path / "README.md").write_text("new")
+    assert changed(**here) is False
+    code.write_text("new")
+    assert changed(**here) is True
+    assert changed(git_commit=here["git_commit"], git_clean=False) is None
+    assert changed(git_commit="0" * 40, git_clean=True) is None
+    assert changed(git_commit=None, git_clean=None) is None
+
+
+def test_force_executes_what_has_a_result(tmp_path):
+    study = small_study([0], epochs=1)
+    assert len(run_study(study, tmp_path)) == 1
+    assert run_study(study, tmp_path) == []
+    (path,) = (tmp_path / "small").glob("*.json")
+    before = path.stat().st_ino, RunResult.load(path).test
+    (outcome,) = run_study(study, tmp_path, force=True)
+    assert outcome.status == "done"
+    assert path.stat().st_ino != before[0]
+    assert RunResult.load(path).test == before[1]
+
+
+def test_clean_keeps_the_results(tmp_path, make_result):
+    folder = tmp_path / "some"
+    make_result().save(folder / "run.json")
+    for name in ("work", "notebooks"):
+        (folder / name).mkdir()
+    assert command("clean", "some", "--results", str(tmp_path)).returncode == 0
+    assert [path.name for path in folder.iterdir()] == ["run.json"]
+
+
+def test_a_notebook_without_a_parameter_is_refused_before_anything_starts(tmp_path, monkeypatch):
+    import nbformat
+
+    from eatlib.study import StudyError
+
+    notebook = nbformat.read(TRAIN_NOTEBOOK, as_version=4)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("sigma: float", "sigmoid: float")
+    changed = tmp_path / "changed.ipynb"
+    nbformat.write(notebook, changed)
+    monkeypatch.setattr("eatlib.study.TRAIN_NOTEBOOK", changed)
+    with pytest.raises(StudyError, match="has no parameter sigma"):
+        run_study(small_study([0]), tmp_path / "results")
+
+
+@pytest.mark.parametrize("study", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_study_of_the_repository_is_valid(study):
+    assert Study.load(study).runs()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["nope"], "unknown study 'nope'"), (["--frob"], "unknown option --frob"), (["smoke"], "Python 3.11 or newer")],
+)
+def test_run_all_refuses_before_it_installs_anything(tmp_path, arguments, message):
+    """In a copy without .venv, with a PATH that has no Python."""
+    for name in ("run_all.sh", "requirements.txt", "studies"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy2)(source, tmp_path / name)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("bash", "basename", "dirname", "tr", "cmp", "mktemp", "cat", "env"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    done = subprocess.run(
+        [str(tools / "bash"), str(tmp_path / "run_all.sh"), *arguments],
+        capture_output=True,
+        text=True,
+        env={"PATH": str(tools), "HOME": str(tmp_path)},
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / ".venv").exists()
