@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eatlib import energy
 from eatlib.energy import (
     HARDWARE,
     EnergyError,
@@ -197,11 +198,11 @@ def test_fused_charges_what_a_fusing_accelerator_moves_and_multiplies() -> None:
     assert list(layers["operations"]) == [4 * 8 * 256 * 27, 4 * 16 * 64 * 72, 4 * 160]
     assert layers["effective_operations"][1] == pytest.approx(4 * 16 * 64 * 72 * nonzero[1] / pooled.numel())
     accesses = sum(nonzero[:3]) + sum(nonzero[1:]) + report.totals["nonzero_parameters"]
-    energy = 1950 * accesses + 3.7 * layers["effective_operations"].sum()
-    assert report.joules_per_image * 4 * PJ == pytest.approx(energy, rel=1e-9)
+    expected = 1950 * accesses + 3.7 * layers["effective_operations"].sum()
+    assert report.joules_per_image * 4 * PJ == pytest.approx(expected, rel=1e-9)
     assert layers["share"].sum() == pytest.approx(1)
     assert report.ideal_joules_per_image * 4 * PJ == pytest.approx(
-        energy - 1950 * report.totals["nonzero_parameters"], rel=1e-9
+        expected - 1950 * report.totals["nonzero_parameters"], rel=1e-9
     )
 
 
@@ -669,6 +670,17 @@ def test_bad_input_is_refused_with_advice() -> None:
         broken[4].weight[0] = float("nan")
     with pytest.raises(EnergyError, match=r"output holds NaN.*NaN is in 4\.weight"):
         measure(broken, x)
+
+
+def test_counts_may_stay_on_the_device_until_the_end_of_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = build_model("resnet18", classes=4, image_size=16, width=1 / 16), images(3, 3, 16, 16)
+    expected = [measure(model, x[:2], x[2:], accounting=accounting) for accounting in ("published", "fused")]
+    count = energy._count
+    monkeypatch.setattr(energy, "_count", lambda x, positive: tuple(map(torch.tensor, count(x, positive=positive))))
+    for report in expected:
+        deferred = measure(model, x[:2], x[2:], accounting=report.accounting)
+        assert deferred.layers.equals(report.layers)
+        assert deferred.ratio == report.ratio
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
