@@ -417,7 +417,9 @@ class _Pass:
             for x in _tensors(call.inputs):
                 row.read(x, self.count(x))
         for x in _published_parameters(call.module):
-            row.read_parameter(x, self._parameters.count(x))
+            # Batch norm updates its statistics in training without telling their version counters.
+            constant = isinstance(x, nn.Parameter) or not call.module.training
+            row.read_parameter(x, self._parameters.count(x) if constant else count_nonzero(x))
         for x in _tensors(call.output):
             self._settle()
             self._waiting = (row, x)

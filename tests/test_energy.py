@@ -410,6 +410,17 @@ def test_weights_changed_between_batches_are_counted_again() -> None:
     assert meter.report("fused").totals["nonzero_parameters"] == 2 * 36 - 8
 
 
+def test_statistics_changed_by_training_are_counted_again() -> None:
+    model, x = nn.BatchNorm2d(2).train(), images(3, 2, 4, 4)
+    with EnergyMeter(model) as meter, torch.no_grad():
+        model(x)
+        nn.init.zeros_(model.running_var)
+        model.momentum = 0.0
+        model(x)
+    # weight and counter, and the statistics twice; the bias is zero
+    assert meter.report().totals["nonzero_parameters"] == (2 + 1 + 2 * 4) + (2 + 1 + 2 * 2)
+
+
 def test_memory_stays_constant_over_batches() -> None:
     model, x = tiny().eval(), images(2, 3, 16, 16)
 
