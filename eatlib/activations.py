@@ -105,8 +105,8 @@ class OperatorCall:
     """One call of one of PyTorch's operators while the model runs, about to happen.
 
     Attributes:
-        name: label of the leaf module that runs (as in `LayerCall`), or dotted path of the innermost container,
-            "" for the model itself.
+        name: label of the leaf module that runs (as in `LayerCall`), or dotted path of the innermost
+            container, "" for the model itself.
         kind: class name of that module.
         in_leaf: whether it is a leaf module, whose call a `LayerCall` reports too.
         function: the operator, such as `torch.ops.aten.convolution.default`.
@@ -131,8 +131,8 @@ class Trace:
     callbacks compute themselves is not traced.
 
     Args:
-        on_start, on_end: called around each forward pass with the model's arguments, and with what it returned.
-            A forward pass that raises has no end; its successor starts afresh.
+        on_start, on_end: called around each forward pass with the model's arguments, and with what it
+            returned. A forward pass that raises has no end; its successor starts afresh.
         on_layer: called after each call of a leaf module.
         on_operator: called in place of each operator; runs it and returns its output.
     """
@@ -165,7 +165,7 @@ class Trace:
         # Hooks run in the order of registration: a leaf's report comes before its scope is left.
         self._watch = Watch(self._model, self._layer, modules=leaves)
         for module in self._model.modules():
-            self._handles.append(module.register_forward_hook(self._leave))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
         self._handles.append(self._model.register_forward_hook(self._end))
         self._operators.__enter__()
         return self
@@ -187,7 +187,8 @@ class Trace:
         return hook
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._scope.pop()
+        if self._scope:  # empty when `on_start` raised
+            self._scope.pop()
 
     def _layer(self, call: LayerCall) -> None:
         self._call(self._on_layer, call)
@@ -218,7 +219,8 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         keywords = keywords or {}
         if torch.is_inference_mode_enabled() and function._can_decompose():
-            # Inference mode hands over conv2d and linear as they are; elsewhere PyTorch takes them apart first.
+            # Inference mode hands over conv2d and linear as they are; elsewhere PyTorch takes them apart
+            # first.
             with self:
                 return function.decompose(*arguments, **keywords)
         return self._trace.operator(function, arguments, keywords)

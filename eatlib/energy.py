@@ -1,44 +1,51 @@
 """Energy of a network's forward pass on an accelerator that skips zeros, per layer, in two accountings.
 
-The energy is that of memory accesses and of multiplications; an element or an operation that is zero costs nothing.
-A value x counts as zero when |x| <= 2^-126, whatever its type.
+The energy is that of memory accesses and of multiplications; an element or an operation that is zero costs
+nothing. A value x counts as zero when |x| <= 2^-126, whatever its type.
 
 `published` is the arithmetic of the simulator behind the paper's ratios (Sponge Examples, EuroS&P 2021, arXiv
-2006.03463), to the letter. It charges each leaf module's forward call with reading its inputs, parameters and buffers
-and writing its outputs, so that a convolution's output is written, read and written again by batch norm and ReLU.
-Its quirks are kept: see `_published_operations` and `EnergyReport.ratio`. A ReLU's input counts as what it is *after*
-the call, as the simulator sees it with in-place ReLUs, the paper's own; a ReLU that is not in place is counted alike.
+2006.03463), to the letter. It charges each leaf module's forward call with reading its inputs, parameters and
+buffers and writing its outputs, so that a convolution's output is written, read and written again by batch
+norm and ReLU. Its quirks are kept: see `_published_operations` and `EnergyReport.ratio`. A ReLU's input
+counts as what it is *after* the call, as the simulator sees it with in-place ReLUs, the paper's own; a ReLU
+that is not in place is counted alike.
 
-`fused` is what an accelerator does that folds batch norm into the convolution and applies whatever follows, up to the
-next layer that multiplies, before it writes. Its assumptions:
+`fused` is what an accelerator does that folds batch norm into the convolution and applies whatever follows,
+up to the next layer that multiplies, before it writes. Its assumptions:
 
-- Only convolutions and matrix products multiply. Each reads the non-zeros of its inputs and of its weights and
-  biases, and executes a multiplication where both operands are non-zero (effective MACs; a MAC costs one operation
-  of the hardware's, as in the published model, and everything else computes for free).
-- What lies between two of them is one tensor, whatever views, casts, normalisations, activations and pools stand
-  between: its non-zeros are written once, by the layer that computed it, and read by each consumer. What the network
-  returns is written too; its input is only read.
-- An element-wise operator of two activations (a residual addition, a gate) happens where the later one is computed; the
-  other one is read from memory. It has a row of its own.
+- Only convolutions and matrix products multiply. Each reads the non-zeros of its inputs and of its weights
+  and biases, and executes a multiplication where both operands are non-zero (effective MACs; a MAC costs one
+  operation of the hardware's, as in the published model, and everything else computes for free).
+- What lies between two of them is one tensor, whatever views, casts, normalisations, activations, pools and
+  concatenations stand between: its non-zeros are written once, by the layer that computed it, and read by
+  each consumer. What the network returns is written too; its input is only read.
+- An element-wise operator of two activations (a residual addition, a gate) happens where the later one is
+  computed; the other one is read from memory. It has a row of its own.
 - Weights are read once per call of the layer and batch. `ideal_joules_per_image` is without these reads.
 """
 
+import ctypes
 import dataclasses
 import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache, cached_property
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import is_lazy
 
 from eatlib.activations import LayerCall, OperatorCall, Trace
+
+if TYPE_CHECKING:
+    import pandas
 
 Accounting = Literal["published", "fused"]
 ACCOUNTINGS: tuple[Accounting, ...] = get_args(Accounting)
@@ -106,12 +113,13 @@ def find_hardware(hardware: str | Hardware) -> Hardware:
     return HARDWARE[hardware]
 
 
-# --- counting -------------------------------------------------------------------------------------------------------
+# --- counting -----------------------------------------------------------------------------------------------
 
 Count = int | Tensor
-"""A number, or on an accelerator a tensor on it that holds one: reading it at once would wait for the device."""
+"""A number, or on an accelerator a tensor on it that holds one: reading it at once would wait for the
+device."""
 
-_CHUNK = 2**17  # elements that stay in a core's cache between the three steps below
+_CHUNK = 2**16  # elements
 
 
 def count_nonzero(x: Tensor) -> Count:
@@ -119,46 +127,70 @@ def count_nonzero(x: Tensor) -> Count:
 
     NaN counts as not zero. No copy is made of a tensor that fills its memory in any order of dimensions.
     """
-    x = x.detach()
-    if x.is_complex():
-        return count_nonzero(x.abs())
-    if x.device.type != "cpu":
-        return torch.count_nonzero(_nonzero_mask(x))
-    if x.layout != torch.strided:
-        x = x.to_dense()
-    flat = x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).contiguous().view(-1)
-    if not x.is_floating_point():
-        return int(np.count_nonzero(flat.numpy()))
-    bits, threshold = _BITS[x.element_size()], _threshold(x.dtype)
-    values = flat.view(bits[0]).numpy().view(bits[1])
-    # Shifting the sign out makes magnitudes comparable as integers: three vectorised steps in a core's cache.
-    size = min(_CHUNK, values.size)
-    magnitude, nonzero = np.empty(size, bits[1]), np.empty(size, bool)
-    total = 0
-    for start in range(0, values.size, _CHUNK):
-        part = values[start : start + _CHUNK]
-        np.left_shift(part, 1, out=magnitude[: part.size])
-        np.greater(magnitude[: part.size], threshold, out=nonzero[: part.size])
-        total += int(np.count_nonzero(nonzero[: part.size]))
-    return total
+    return _count(x, positive=False)[0]
+
+
+def _count(x: Tensor, *, positive: bool) -> tuple[Count, Count]:
+    """The elements that are not zero, and, if asked for, those above zero: one pass over the memory."""
+    if not x.is_cpu or x.dtype not in _BITS or x.layout != torch.strided:
+        mask = _nonzero_mask(x.to_dense() if x.layout != torch.strided else x)
+        counts = torch.count_nonzero(mask), torch.count_nonzero(x > ZERO) if positive else torch.tensor(0)
+        return counts if not x.is_cpu else (int(counts[0]), int(counts[1]))
+    if not x.is_contiguous() and not _is_dense(x):
+        x = x.detach().contiguous()
+    if x.numel() == 0:
+        return 0, 0
+    bits, limit, unsigned_limit = _BITS[x.dtype]
+    # By address, as an operator that makes a view would cost more than counting a small tensor does.
+    memory = (ctypes.c_byte * (x.numel() * x.element_size())).from_address(x.data_ptr())
+    signed, unsigned = np.frombuffer(memory, bits), np.frombuffer(memory, unsigned_limit.dtype)
+    # Numbers of one sign are ordered as their bits are, so that vectorised integer comparisons do; for
+    # magnitudes the sign is shifted out. Pieces stay in a core's cache between the steps.
+    if signed.size <= _CHUNK and not positive:
+        return int(np.count_nonzero(unsigned << 1 > unsigned_limit)), 0
+    magnitude, above = np.empty(_CHUNK, unsigned.dtype), np.empty(_CHUNK, bool)
+    nonzeros = positives = 0
+    for start in range(0, signed.size, _CHUNK):
+        end = min(start + _CHUNK, signed.size)
+        if end - start < _CHUNK:
+            magnitude, above = magnitude[: end - start], above[: end - start]
+        np.left_shift(unsigned[start:end], 1, out=magnitude)
+        np.greater(magnitude, unsigned_limit, out=above)
+        nonzeros += int(np.count_nonzero(above))
+        if positive:
+            np.greater(signed[start:end], limit, out=above)
+            positives += int(np.count_nonzero(above))
+    return nonzeros, positives
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether the elements of `x` fill a stretch of memory, in whatever order of dimensions."""
+    filled = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1 and stride != filled:
+            return False
+        filled *= size
+    return True
 
 
 def _nonzero_mask(x: Tensor) -> Tensor:
-    return x.abs() > ZERO if x.is_floating_point() else x != 0
+    return x.abs() > ZERO if x.is_floating_point() or x.is_complex() else x != 0
 
 
-_BITS = {2: (torch.int16, np.uint16), 4: (torch.int32, np.uint32), 8: (torch.int64, np.uint64)}
+# The bits of 2^-126 as signed integers, and without the sign; float16 has no number that small.
+_BITS: dict[torch.dtype, tuple[type[np.signedinteger], np.signedinteger, np.unsignedinteger]] = {
+    dtype: (signed, signed(bits), unsigned(2 * bits))
+    for dtype, signed, unsigned, bits in (
+        (torch.float32, np.int32, np.uint32, 127 - 126 << 23),
+        (torch.bfloat16, np.int16, np.uint16, 127 - 126 << 7),
+        (torch.float16, np.int16, np.uint16, 0),
+        (torch.float64, np.int64, np.uint64, 1023 - 126 << 52),
+        (torch.int64, np.int64, np.uint64, 0),  # a batch norm's counter of batches
+    )
+}
 
 
-@cache
-def _threshold(dtype: torch.dtype) -> Any:
-    """The bits of 2^-126 without the sign; 0 in float16, whose smallest number is larger."""
-    signed, unsigned = _BITS[dtype.itemsize]
-    bits = torch.tensor(ZERO, dtype=dtype).view(signed).item()
-    return unsigned(bits << 1)
-
-
-# --- what is charged ------------------------------------------------------------------------------------------------
+# --- what is charged ----------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -189,6 +221,11 @@ class _Row:
     def read_parameter(self, x: Tensor, nonzero: Count) -> None:
         self.parameters += x.numel()
         self.nonzero_parameters += nonzero
+
+    @property
+    def firing(self) -> float:
+        """Share of the outputs that are not zero; NaN for a layer that writes none."""
+        return int(self.nonzero_outputs) / self.outputs if self.outputs else math.nan
 
     def add(self, other: "_Row") -> None:
         for name in _SUMMED:
@@ -239,7 +276,8 @@ class _Value:
     """What a tensor is to the accelerator; views and casts of it are the same value.
 
     Attributes:
-        producer: index of the fused row that computed it, up to any element-wise work since; -1: the network's input.
+        producer: index of the fused row that computed it, up to any element-wise work since; -1: the
+            network's input.
         layers: the leaf module calls that it passed through since.
         written: whether it was written to memory.
     """
@@ -249,15 +287,20 @@ class _Value:
     written: bool = False
 
 
-def _tensors(arguments: Any) -> Iterator[Tensor]:
+def _tensors(arguments: Any) -> list[Tensor]:
     if isinstance(arguments, Tensor):
-        yield arguments
-    elif isinstance(arguments, (tuple, list)):
-        for argument in arguments:
-            yield from _tensors(argument)
-    elif isinstance(arguments, dict):
-        for argument in arguments.values():
-            yield from _tensors(argument)
+        return [arguments]
+    if isinstance(arguments, dict):
+        arguments = arguments.values()
+    elif not isinstance(arguments, (tuple, list)):
+        return []
+    found: list[Tensor] = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            found.append(argument)
+        elif isinstance(argument, (tuple, list, dict)):
+            found += _tensors(argument)
+    return found
 
 
 class _Facts:
@@ -294,17 +337,34 @@ def _memory(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
+class _Parameters:
+    """Non-zeros of the model's parameters and buffers, counted again only when they have changed."""
+
+    def __init__(self) -> None:
+        self._counts: dict[int, tuple[Tensor, int, Count]] = {}
+
+    def count(self, x: Tensor) -> Count:
+        version = None if x.is_inference() else x._version  # inference tensors have none
+        known, counted, nonzero = self._counts.get(id(x), (None, None, 0))
+        if known is not x or version is None or version != counted:
+            nonzero = count_nonzero(x)
+            self._counts[id(x)] = (x, version, nonzero)
+        return nonzero
+
+
 class _Pass:
     """One forward pass: what each accounting charges for it."""
 
-    def __init__(self, exact_macs: bool) -> None:
+    def __init__(self, exact_macs: bool, parameters: "_Parameters") -> None:
         self.images = 0
         self.rows: dict[Accounting, list[_Row]] = {"published": [], "fused": []}
         self.uncounted: dict[Accounting, dict[str, None]] = {"published": {}, "fused": {}}
-        self.uses: dict[str, tuple[int, int]] = {}
-        """By leaf module call: memory accesses to what became of its output, and MACs on it, zeros included."""
+        self.uses: list[tuple[tuple[str, ...], int, int]] = []
+        """Leaf module calls, and memory accesses to and MACs on a tensor that came out of them."""
         self._exact_macs = exact_macs
+        self._parameters = parameters
         self._facts = _Facts()
+        self._waiting: tuple[_Row, Tensor] | None = None
         self._latest: dict[int, _Value] = {}  # by memory: for views of a tensor that changed
         self._labels: Counter[str] = Counter()
 
@@ -313,6 +373,7 @@ class _Pass:
             self._set_value(x, _Value(-1))
 
     def end(self, output: Any) -> None:
+        self._settle()
         for x in _tensors(output):
             if (value := self._value(x)) is not None:
                 self._write(x, value)
@@ -321,6 +382,8 @@ class _Pass:
 
     def count(self, x: Tensor) -> Count:
         """Non-zeros of `x`; counted once while it does not change."""
+        if isinstance(x, nn.Parameter):
+            return self._parameters.count(x)
         known = self._facts.get("non-zeros", x)
         if known is None:
             known = count_nonzero(x)
@@ -342,63 +405,99 @@ class _Pass:
     # published: leaf modules
 
     def layer(self, call: LayerCall) -> None:
+        self._settle()
+        convolves = isinstance(call.module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        if convolves and call.inputs[0].dim() == len(call.module.kernel_size) + 1:
+            raise EnergyError(
+                f"{call.name} got a tensor of shape {tuple(call.inputs[0].shape)}, which has no batch "
+                "dimension: use images[None] for a single image"
+            )
         row = _Row(call.name, call.kind)
+        if not _is_activation(call.module):
+            for x in _tensors(call.inputs):
+                row.read(x, self.count(x))
+        for x in _published_parameters(call.module):
+            # Batch norm updates its statistics in training without telling their version counters.
+            constant = isinstance(x, nn.Parameter) or not call.module.training
+            row.read_parameter(x, self._parameters.count(x) if constant else count_nonzero(x))
         for x in _tensors(call.output):
-            row.write(x, self.count(x))
+            self._settle()
+            self._waiting = (row, x)
+            row.outputs += x.numel()
             if (value := self._value(x)) is not None:
                 value.layers += (call.name,)
         if _is_activation(call.module):
             # As if it had worked in place: its input is its output.
+            self._settle()
             row.inputs, row.nonzero_inputs = row.outputs, row.nonzero_outputs
-        else:
-            for x in _tensors(call.inputs):
-                row.read(x, self.count(x))
-        for x in _published_parameters(call.module):
-            row.read_parameter(x, self.count(x))
         operations = _published_operations(call.module, row)
         if operations is None:
             self.uncounted["published"][f"{call.name}: operations of {call.kind}"] = None
         row.operations = operations or 0
         self.rows["published"].append(row)
 
+    def _settle(self, successor: OperatorCall | None = None) -> Count | None:
+        """Count the last layer's output, which waited for the operator that comes next.
+
+        If that is a ReLU of it, then one pass over the memory gives the ReLU's non-zeros too: they are
+        returned.
+        """
+        if self._waiting is None:
+            return None
+        row, x = self._waiting
+        self._waiting = None
+        positive = None
+        if (
+            successor is not None
+            and successor.function.overloadpacket in _RELUS
+            and successor.arguments[0] is x
+            and self._facts.get("non-zeros", x) is None
+        ):
+            nonzero, positive = _count(x, positive=True)
+            self._facts.set("non-zeros", x, nonzero)
+        row.nonzero_outputs += self.count(x)
+        return positive
+
     # fused: operators
 
     def operator(self, call: OperatorCall) -> Any:
-        packet = call.function.overloadpacket
         operands = [
-            (x, value) for x in _tensors((call.arguments, call.keywords)) if (value := self._value(x)) is not None
+            (x, value)
+            for x in _tensors(call.arguments) + _tensors(call.keywords)
+            if (value := self._value(x)) is not None
         ]
-        if not operands:
+        if not operands or call.function.overloadpacket in _NEW:
             return self._run(call)
-        moves = call.function.is_view or packet in _MOVES
-        pointwise = torch.Tag.pointwise in call.function.tags
-        where = f"{call.name or 'the network itself'}: {packet.__name__}{' (element-wise)' if pointwise else ''}"
-        if not (call.in_leaf or moves):
-            self.uncounted["published"][where] = None
-        if packet in _PRODUCTS:
+        relu = self._settle(call)
+        kind = _kind(call.function)
+        if not (call.in_leaf or kind == "move"):
+            self.uncounted["published"][_where(call)] = None
+        if kind == "product":
             output = self._run(call)
             value = self._multiply(call, output)
-        elif moves:
+        elif kind == "move":
             x, value = operands[0]
             output = self._run(call)
-            if output.numel() != x.numel():
-                value = dataclasses.replace(value)
         else:
-            if pointwise:
+            if kind == "element-wise":
                 self._join(call, operands)
-            elif packet not in _EPILOGUES:
-                self.uncounted["fused"][where] = None
+            elif kind == "unknown":
+                self.uncounted["fused"][_where(call)] = None
             latest = max((value for _, value in operands), key=lambda value: value.producer)
             value = _Value(latest.producer, latest.layers)
             output = self._run(call)
-        for x in _tensors(output):
-            self._set_value(x, value)
+        for y in _tensors(output):
+            part = kind == "move" and y.numel() != x.numel()
+            self._set_value(y, dataclasses.replace(value) if part else value)
+        if relu is not None:
+            self._facts.set("non-zeros", output, relu)
         return output
 
     def _run(self, call: OperatorCall) -> Any:
         output = call.run()
-        if call.function._schema.is_mutable:
-            for x in _written(call):
+        for index, name in _written(call.function):
+            written = call.arguments[index] if index < len(call.arguments) else call.keywords.get(name)
+            for x in _tensors(written):
                 self._facts.changed(x)
         return output
 
@@ -441,39 +540,55 @@ class _Pass:
             row.read_parameter(x, nonzero)
         else:
             row.read(x, nonzero)
-            self._use(value, x.numel(), row.operations)
+            self.uses.append((value.layers, x.numel(), row.operations))
             self._write(x, value)
         return nonzero
 
     def _write(self, x: Tensor, value: _Value) -> None:
         if value.producer >= 0 and not value.written:
             self.rows["fused"][value.producer].write(x, self.count(x))
-            self._use(value, x.numel(), 0)
+            self.uses.append((value.layers, x.numel(), 0))
         value.written = True
 
-    def _use(self, value: _Value, accesses: int, macs: int) -> None:
-        for layer in value.layers:
-            before = self.uses.get(layer, (0, 0))
-            self.uses[layer] = (before[0] + accesses, before[1] + macs)
+
+@cache
+def _written(function: Any) -> list[tuple[int, str]]:
+    """Positions and names of the arguments that the operator writes to."""
+    return [
+        (index, argument.name)
+        for index, argument in enumerate(function._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
 
 
-def _written(call: OperatorCall) -> Iterator[Tensor]:
-    """The arguments that the operator writes to."""
-    for index, argument in enumerate(call.function._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            positional = index < len(call.arguments)
-            yield from _tensors(call.arguments[index] if positional else call.keywords.get(argument.name))
+@cache
+def _kind(function: Any) -> Literal["product", "move", "element-wise", "epilogue", "unknown"]:
+    """What the fused accounting does with an operator."""
+    packet = function.overloadpacket
+    if packet in _PRODUCTS:
+        return "product"
+    if function.is_view or packet in _MOVES:
+        return "move"
+    if torch.Tag.pointwise in function.tags or packet in _ELEMENT_WISE:
+        return "element-wise"
+    return "epilogue" if packet in _EPILOGUES else "unknown"
+
+
+def _where(call: OperatorCall) -> str:
+    what = call.function.overloadpacket.__name__
+    note = " (element-wise)" if _kind(call.function) == "element-wise" else ""
+    return f"{call.name or 'the network itself'}: {what}{note}"
 
 
 def _is_activation(module: nn.Module) -> bool:
     return hasattr(module, "inplace") and type(module).__module__ == "torch.nn.modules.activation"
 
 
-def _published_parameters(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters(recurse=False)
-    yield from module.buffers(recurse=False)
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-        yield from (module.running_mean, module.running_var)  # twice, as published
+def _published_parameters(module: nn.Module) -> list[Tensor]:
+    tensors = [x for x in (*module._parameters.values(), *module._buffers.values()) if x is not None]
+    if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+        tensors += [module.running_mean, module.running_var]  # twice, as published
+    return tensors
 
 
 _NO_OPERATIONS = (nn.ReLU, nn.ReLU6, nn.Dropout, nn.Dropout2d, nn.Flatten, nn.LayerNorm, nn.Identity)
@@ -516,7 +631,13 @@ _PRODUCTS: dict[Any, Callable[[tuple[Any, ...]], tuple[Tensor, Tensor, Tensor | 
 }
 """Operators that multiply: their factors, and what they add."""
 
-_MOVES = _operators("_to_copy", "clone", "_unsafe_view", "_reshape_copy")
+_RELUS = _operators("relu", "relu_")
+
+_NEW = _operators("new_zeros", "new_empty", "new_ones", "new_full", "zeros_like", "empty_like", "ones_like")
+
+_MOVES = _operators("_to_copy", "clone", "_unsafe_view", "_reshape_copy", "as_strided_")
+
+_ELEMENT_WISE = _operators("hardswish", "hardswish_")  # those that PyTorch does not tag so
 
 # Applied to a layer's output before it is written, besides all that is element-wise.
 _EPILOGUES = _operators(
@@ -548,10 +669,7 @@ def _effective_macs(call: OperatorCall, left: Tensor, right: Tensor) -> Count:
     if call.function.overloadpacket is _aten.convolution:
         *geometry, transposed, output_padding, groups = call.arguments[3:9]
         left = left.sum(0, keepdim=True)
-        if transposed:
-            right = right.sum(1, keepdim=True)
-        else:
-            right = right.unflatten(0, (groups, -1)).sum(1)
+        right = right.sum(1, keepdim=True) if transposed else right.unflatten(0, (groups, -1)).sum(1)
         macs = _aten.convolution(
             left.double(), right.double(), None, *geometry, transposed, output_padding, groups
         ).sum()
@@ -561,20 +679,21 @@ def _effective_macs(call: OperatorCall, left: Tensor, right: Tensor) -> Count:
     return int(macs) if macs.device.type == "cpu" else macs
 
 
-# --- the meter and its report ---------------------------------------------------------------------------------------
+# --- the meter and its report -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class EnergyReport:
-    """Energy of the forward passes that a meter saw, in one accounting.
+    """Energy of the forward passes that a meter saw, in one accounting; prints as a table.
 
     Attributes:
-        ratio: energy with zero-skipping over energy without it. `published`: the mean over the batches;
-            `fused`: of the totals.
-        joules_per_image, dense_joules_per_image: with and without zero-skipping.
-        ideal_joules_per_image: with zero-skipping, and the weights read once for ever.
-        batch_sizes: how many batches there were of each size.
-        uncounted: what ran but is not in these numbers.
+        accounting, hardware: what is charged, and at which prices.
+        images: how many were seen.
+        batch_sizes: how many batches there were of each size; weights are read once per batch.
+        ratio: energy with zero-skipping over energy without it. `published`: the mean over the batches, as in
+            the paper; `fused`: of the totals.
+        uncounted: what ran but is not in these numbers, by name. Element-wise work is never charged for its
+            operations; `published` misses the memory accesses of what it lists.
     """
 
     accounting: Accounting
@@ -582,63 +701,116 @@ class EnergyReport:
     images: int
     batch_sizes: dict[int, int]
     ratio: float
-    rows: list[_Row] = field(repr=False)
     uncounted: list[str]
-
-    @property
-    def joules_per_image(self) -> float:
-        return math.fsum(row.energy_pj(self.hardware) for row in self.rows) * 1e-12 / self.images
-
-    @property
-    def dense_joules_per_image(self) -> float:
-        return math.fsum(row.dense_energy_pj(self.hardware) for row in self.rows) * 1e-12 / self.images
-
-    @property
-    def ideal_joules_per_image(self) -> float:
-        weights = self.hardware.memory_pj * sum(int(row.nonzero_parameters) for row in self.rows) * 1e-12
-        return self.joules_per_image - weights / self.images
-
-    @property
-    def totals(self) -> dict[str, int]:
-        return {name: sum(getattr(row, name) for row in self.rows) for name in _SUMMED if name != "effective"}
+    _rows: list[_Row] = field(repr=False)
 
     @cached_property
-    def layers(self) -> Any:
+    def joules_per_image(self) -> float:
+        """With zero-skipping."""
+        return math.fsum(row.energy_pj(self.hardware) for row in self._rows) * 1e-12 / self.images
+
+    @cached_property
+    def dense_joules_per_image(self) -> float:
+        """Without zero-skipping."""
+        return math.fsum(row.dense_energy_pj(self.hardware) for row in self._rows) * 1e-12 / self.images
+
+    @cached_property
+    def ideal_joules_per_image(self) -> float:
+        """With zero-skipping and ideal reuse: the weights are in place and no batch has to read them."""
+        accesses = self.totals["nonzero_parameters"] / self.images
+        return self.joules_per_image - self.hardware.memory_pj * accesses * 1e-12
+
+    @cached_property
+    def totals(self) -> dict[str, int]:
+        """Sums over all layers and batches, zeros included and without (`nonzero_...`, in elements).
+
+        `operations` are the simulator's operations or dense MACs, `effective_operations` those left by
+        zero-skipping, rounded.
+        """
+        sums = {name: sum(getattr(row, name) for row in self._rows) for name in _SUMMED}
+        sums["effective_operations"] = round(sums.pop("effective"))
+        return sums
+
+    @cached_property
+    def layers(self) -> "pandas.DataFrame":
+        """One row per layer call, in order: sums over all images in elements and operations; joules per
+        image.
+
+        `outputs` are what the layer writes to memory, `firing` is the share of it that is not zero, `share`
+        the layer's part of the whole energy.
+        """
         import pandas as pd  # a slow import that a training run does without
 
-        energies = [row.energy_pj(self.hardware) for row in self.rows]
-        total = math.fsum(energies)
-        return pd.DataFrame(
-            {
-                "name": row.name,
-                "kind": row.kind,
-                "inputs": row.inputs,
-                "nonzero_inputs": row.nonzero_inputs,
-                "outputs": row.outputs,
-                "nonzero_outputs": row.nonzero_outputs,
-                "firing": int(row.nonzero_outputs) / row.outputs if row.outputs else float("nan"),
-                "parameters": row.parameters,
-                "nonzero_parameters": row.nonzero_parameters,
-                "operations": row.operations,
-                "effective_operations": float(row.effective),
-                "joules_per_image": energy * 1e-12 / self.images,
-                "share": energy / total,
-            }
-            for row, energy in zip(self.rows, energies, strict=True)
-        )
+        total = self.joules_per_image
+        table = []
+        for row in self._rows:
+            joules = row.energy_pj(self.hardware) * 1e-12 / self.images
+            table.append(
+                {
+                    "name": row.name,
+                    "kind": row.kind,
+                    "inputs": row.inputs,
+                    "nonzero_inputs": row.nonzero_inputs,
+                    "outputs": row.outputs,
+                    "nonzero_outputs": row.nonzero_outputs,
+                    "firing": row.firing,
+                    "parameters": row.parameters,
+                    "nonzero_parameters": row.nonzero_parameters,
+                    "operations": row.operations,
+                    "effective_operations": float(row.effective),
+                    "joules_per_image": joules,
+                    "dense_joules_per_image": row.dense_energy_pj(self.hardware) * 1e-12 / self.images,
+                    "share": joules / total if total else 0.0,
+                }
+            )
+        return pd.DataFrame(table)
+
+    def __str__(self) -> str:
+        width = max(len(row.name) for row in self._rows)
+        sizes = ", ".join(f"{count} x {size}" for size, count in self.batch_sizes.items())
+        lines = [
+            f"energy ratio {self.ratio:.4f} ({self.accounting}, {self.hardware.name})",
+            f"{_joules(self.joules_per_image)} an image with zero-skipping, "
+            f"{_joules(self.dense_joules_per_image)} without, "
+            f"{_joules(self.ideal_joules_per_image)} with weights in place",
+            f"{self.images} images in batches of {sizes}",
+            f"{'layer':{width}} {'kind':18} {'firing':>7} {'operations':>11} {'left':>6} {'energy':>10} {'share':>6}",
+        ]
+        total = self.joules_per_image
+        for row in self._rows:
+            joules = row.energy_pj(self.hardware) * 1e-12 / self.images
+            left = f"{float(row.effective) / row.operations:6.1%}" if row.operations else "     -"
+            firing = f"{row.firing:7.1%}" if row.outputs else "      -"
+            lines.append(
+                f"{row.name:{width}} {row.kind:18} {firing} {row.operations / self.images:11.4g} {left}"
+                f" {_joules(joules):>10} {joules / total if total else 0:6.1%}"
+            )
+        lines.append(f"not counted: {'; '.join(self.uncounted) or 'nothing'}")
+        return "\n".join(lines)
+
+
+def _joules(joules: float) -> str:
+    exponent = min(0, math.floor(math.log10(joules) / 3)) if joules > 0 else 0
+    prefix = {0: "", -1: "m", -2: "u", -3: "n"}.get(exponent)
+    return f"{joules:.3g} J" if prefix is None else f"{joules * 10 ** (-3 * exponent):.3g} {prefix}J"
 
 
 class EnergyMeter:
     """Counts what a model's forward passes cost, in both accountings at once; a context manager.
 
-    Each forward pass of the model within it is one batch.
+    Each forward pass of the model within it is one batch. The model is as it was afterwards, also when a
+    forward pass raises; such a pass is not counted. Between passes only counts are kept.
 
     Args:
+        model: anything that is called with a batch first: (N, ...).
         hardware: a name of `HARDWARE`, or prices of your own.
-        exact_macs: count effective MACs from the places of the zeros, not from the layers' shares of zeros.
+        exact_macs: count effective MACs (`fused`) from the places of the zeros, not from each layer's shares
+            of zeros.
 
     Raises:
-        EnergyError: unknown hardware; a model without parameters.
+        EnergyError: unknown hardware; a model without parameters, with lazy ones, or compiled. From a forward
+            pass: no batch, an empty one or one without a batch dimension; NaN in what goes into or comes out
+                of the model.
     """
 
     def __init__(
@@ -649,12 +821,16 @@ class EnergyMeter:
         exact_macs: bool = False,
     ) -> None:
         self.hardware = find_hardware(hardware)
+        _check_model(model)
+        self._model = model
         self._exact_macs = exact_macs
         self._rows: dict[Accounting, dict[str, _Row]] = {"published": {}, "fused": {}}
         self._uncounted: dict[Accounting, dict[str, None]] = {"published": {}, "fused": {}}
+        self._parameters = _Parameters()
+        self._uses: list[tuple[tuple[str, ...], int, int]] = []  # of the last pass
         self._ratios: list[float] = []
         self._batch_sizes: Counter[int] = Counter()
-        self._pass = _Pass(exact_macs)
+        self._pass = _Pass(exact_macs, self._parameters)
         self._trace = Trace(
             model,
             on_start=self._start,
@@ -669,32 +845,46 @@ class EnergyMeter:
 
     def __exit__(self, *exception: Any) -> None:
         self._trace.__exit__(*exception)
+        self._pass = _Pass(self._exact_macs, self._parameters)
 
     def _start(self, arguments: Any) -> None:
-        self._pass = _Pass(self._exact_macs)
+        inputs = _tensors(arguments)
+        if not inputs:
+            raise EnergyError("the model was called without a tensor: call it with a batch of images")
+        if inputs[0].dim() < 2 or inputs[0].shape[0] == 0:
+            raise EnergyError(
+                f"the model was called with a tensor of shape {tuple(inputs[0].shape)}: the first dimension "
+                "must be the batch, (N, ...), and N at least 1; use images[None] for a single image"
+            )
+        if _any_nan(inputs):
+            raise EnergyError("the model's input holds NaN, whose energy means nothing: clean the images")
+        self._pass = _Pass(self._exact_macs, self._parameters)
         self._pass.start(arguments)
-        self._pass.images = next(_tensors(arguments)).shape[0]
+        self._pass.images = inputs[0].shape[0]
 
     def _end(self, output: Any) -> None:
-        finished = self._pass
+        finished, self._pass = self._pass, _Pass(self._exact_macs, self._parameters)
         finished.end(output)
-        self._pass = _Pass(self._exact_macs)
-        self._last = finished
+        if _any_nan(_tensors(output)):
+            bad = [name for name, x in self._model.named_parameters() if _any_nan([x])]
+            why = f"NaN is in {', '.join(bad[:3])}" if bad else "an activation overflowed; look at the weights"
+            raise EnergyError(f"the model's output holds NaN, whose energy means nothing: {why}")
         published = finished.rows["published"]
         shares = _share(published, "parameters") * _share(published, "inputs")
         for row in published:
             row.effective = row.operations * shares  # quirk: one product for the whole network
+        energy = math.fsum(row.energy_pj(self.hardware) for row in published)
+        self._ratios.append(energy / math.fsum(row.dense_energy_pj(self.hardware) for row in published))
+        self._batch_sizes[finished.images] += 1
+        self._uses = finished.uses
         for accounting, rows in finished.rows.items():
+            self._uncounted[accounting] |= finished.uncounted[accounting]
+            sums = self._rows[accounting]
             for row in rows:
-                if row.name in (sums := self._rows[accounting]):
+                if row.name in sums:
                     sums[row.name].add(row)
                 else:
                     sums[row.name] = row
-            self._uncounted[accounting] |= finished.uncounted[accounting]
-        energy = math.fsum(row.energy_pj(self.hardware) for row in published)
-        dense = math.fsum(row.dense_energy_pj(self.hardware) for row in published)
-        self._ratios.append(energy / dense)
-        self._batch_sizes[finished.images] += 1
 
     def report(self, accounting: Accounting = "published") -> EnergyReport:
         """The energy of all batches so far.
@@ -702,47 +892,30 @@ class EnergyMeter:
         Raises:
             EnergyError: unknown accounting; no forward pass yet.
         """
-        if accounting not in ACCOUNTINGS:
-            raise EnergyError(f"accounting = {accounting!r}: must be one of {', '.join(ACCOUNTINGS)}")
+        _check_accounting(accounting)
         if not self._ratios:
-            raise EnergyError("no forward pass was measured: run the model within the meter first")
+            raise EnergyError("no batch was measured: run the model within the meter, on one batch at least")
         rows = [dataclasses.replace(row) for row in self._rows[accounting].values()]
         if accounting == "published":
             ratio = math.fsum(self._ratios) / len(self._ratios)
         else:
-            ratio = math.fsum(row.energy_pj(self.hardware) for row in rows) / math.fsum(
-                row.dense_energy_pj(self.hardware) for row in rows
-            )
+            dense = math.fsum(row.dense_energy_pj(self.hardware) for row in rows)
+            ratio = math.fsum(row.energy_pj(self.hardware) for row in rows) / dense if dense else 1.0
         return EnergyReport(
-            accounting,
-            self.hardware,
-            sum(size * batches for size, batches in self._batch_sizes.items()),
-            dict(self._batch_sizes),
-            ratio,
-            rows,
-            list(self._uncounted[accounting]),
+            accounting=accounting,
+            hardware=self.hardware,
+            images=sum(size * batches for size, batches in self._batch_sizes.items()),
+            batch_sizes=dict(self._batch_sizes),
+            ratio=ratio,
+            uncounted=list(self._uncounted[accounting]),
+            _rows=rows,
         )
 
-    def _activation_joules(self) -> dict[str, float]:
-        """Energy of one element of each leaf module call's output in the last pass, were none zero."""
-        prices = {}
-        for row in self._last.rows["published"]:
-            accesses, operations = self._last.uses.get(row.name, (0, 0))
-            energy = self.hardware.memory_pj * accesses + self.hardware.operation_pj * operations
-            prices[row.name] = energy * 1e-12 / row.outputs
-        return prices
-
     def firing(self) -> list[tuple[str, str, float]]:
-        """(name, kind, share of outputs that are not zero) of each leaf module call, in the order of the calls."""
-        return [
-            (row.name, row.kind, int(row.nonzero_outputs) / row.outputs)
-            for row in self._rows["published"].values()
-            if row.outputs
-        ]
-
-
-def _share(rows: list[_Row], what: str) -> Fraction:
-    return Fraction(sum(getattr(row, f"nonzero_{what}") for row in rows), sum(getattr(row, what) for row in rows))
+        """(name, kind, share of outputs that are not zero) of each leaf module call, in the order of the
+        calls."""
+        rows = self._rows["published"].values()
+        return [(row.name, row.kind, row.firing) for row in rows if row.outputs]
 
 
 def energy_report(
@@ -756,45 +929,109 @@ def energy_report(
     """Measure a model in evaluation mode; see the module's docstring for the two accountings.
 
     Args:
-        batches: tensors, or (images, labels) pairs, as a data loader yields them.
+        batches: tensors (N, C, H, W), or (images, labels) pairs, as a data loader yields them; they are moved
+            to the model's device.
+        hardware, exact_macs: as for `EnergyMeter`.
+
+    Raises:
+        EnergyError: as `EnergyMeter`; unknown accounting; no batches, or batches of another kind.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with EnergyMeter(model, hardware=hardware, exact_macs=exact_macs) as meter, torch.no_grad():
-            for batch in batches:
-                model(batch if isinstance(batch, Tensor) else batch[0])
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    _check_accounting(accounting)
+    if isinstance(batches, Tensor):
+        raise EnergyError(f"batches is one tensor {tuple(batches.shape)}: give a list of batches, [images]")
+    meter = EnergyMeter(model, hardware=hardware, exact_macs=exact_macs)
+    with _evaluating(model), meter, torch.no_grad():
+        for batch in batches:
+            images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+            if not isinstance(images, Tensor):
+                raise EnergyError(
+                    f"a batch is a {type(batch).__name__}: must be a tensor of images or an (images, labels) pair"
+                )
+            _check_layout(model, images)
+            model(images.to(next(model.parameters()).device))
+    if not meter._ratios:
+        raise EnergyError("there are no batches: the data loader is empty")
     return meter.report(accounting)
 
 
 def activation_cost(
-    model: nn.Module,
-    images: Tensor,
-    hardware: str | Hardware = "horowitz-45nm-float32",
+    model: nn.Module, images: Tensor, hardware: str | Hardware = "horowitz-45nm-float32"
 ) -> dict[str, float]:
-    """What one non-zero activation of each layer costs, as a share of the batch's energy without zero-skipping.
+    """What one non-zero activation of each layer costs, as a share of the batch's energy without
+    zero-skipping.
 
-    In the `fused` accounting: the tensor that leaves the layer, after whatever follows up to the next layer that
-    multiplies, is written once, and read and multiplied by each consumer; that energy, over the elements of the
-    layer's output. Layers between the same two multiplying layers share one tensor, so each carries all of its energy.
+    In the `fused` accounting: the tensor that leaves the layer, after whatever follows up to the next layer
+    that multiplies, is written once, and read and multiplied with non-zero weights by each consumer; that
+    energy, over the elements of the layer's output. Layers between the same two multiplying layers share one
+    tensor, so that each of them carries all of its energy. The share is of a batch of the size given:
+    doubling the batch nearly halves it.
 
     Args:
         images: one batch, (N, C, H, W).
 
     Returns:
-        By leaf module call, as in `EnergyMeter.firing`: the share of one element of its output in the batch.
+        By leaf module call, as in `EnergyMeter.firing`: joules per non-zero element / dense joules of the
+        batch.
     """
     meter = EnergyMeter(model, hardware=hardware)
+    with _evaluating(model), meter, torch.no_grad():
+        model(images)
+    dense = math.fsum(row.dense_energy_pj(meter.hardware) for row in meter._rows["fused"].values())
+    cost: Counter[str] = Counter()
+    for layers, accesses, macs in meter._uses:
+        for layer in layers:
+            cost[layer] += meter.hardware.memory_pj * accesses + meter.hardware.operation_pj * macs
+    return {row.name: cost[row.name] / row.outputs / dense for row in meter._rows["published"].values() if row.outputs}
+
+
+def _share(rows: list[_Row], what: str) -> Fraction:
+    total = sum(getattr(row, what) for row in rows)
+    return Fraction(sum(getattr(row, f"nonzero_{what}") for row in rows), total) if total else Fraction(1)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and each module's own mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with meter, torch.no_grad():
-            model(images)
+        yield
     finally:
         for module, training in modes.items():
             module.training = training
-    dense = meter.report("fused").dense_joules_per_image * len(images)
-    return {name: joules / dense for name, joules in meter._activation_joules().items()}
+
+
+def _check_accounting(accounting: str) -> None:
+    if accounting not in ACCOUNTINGS:
+        raise EnergyError(f"accounting = {accounting!r}: must be one of {', '.join(ACCOUNTINGS)}")
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise EnergyError(f"model is a {type(model).__name__}: must be a torch.nn.Module")
+    if next(model.parameters(), None) is None:
+        raise EnergyError(f"{type(model).__name__} has no parameters: there are no weights whose energy could count")
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise EnergyError(f"{name} is not initialised yet: run the model on one batch before it is measured")
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            raise EnergyError(
+                f"{name or 'the model'} is compiled, which hides its operators: measure the network that it "
+                "was made from"
+            )
+
+
+def _any_nan(tensors: list[Tensor]) -> bool:
+    return any(x.is_floating_point() and bool(x.isnan().any()) for x in tensors)
+
+
+def _check_layout(model: nn.Module, images: Tensor) -> None:
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None or images.dim() != 4:
+        return
+    channels = first.in_channels
+    if images.shape[1] != channels == images.shape[3]:
+        raise EnergyError(
+            f"images of shape {tuple(images.shape)} have their channels last: use images.permute(0, 3, 1, 2)"
+        )

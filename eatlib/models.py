@@ -42,16 +42,19 @@ class BasicBlock(nn.Module):
         self.relu1 = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.shortcut = nn.Sequential()
+        # None where the shortcut is the identity: an empty module would be charged for moving its input.
+        self.shortcut = None
         if stride != 1 or channels_in != channels:
-            self.shortcut.append(nn.Conv2d(channels_in, channels, 1, stride, bias=False))
-            self.shortcut.append(nn.BatchNorm2d(channels))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels_in, channels, 1, stride, bias=False),
+                nn.BatchNorm2d(channels),
+            )
         self.relu2 = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu1(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
-        y += self.shortcut(x)
+        y += x if self.shortcut is None else self.shortcut(x)
         return self.relu2(y)
 
 
