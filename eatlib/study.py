@@ -144,6 +144,9 @@ def execute(job: Job, *, force: bool, wait: bool) -> int:
             raise RuntimeError("the notebook ended without writing a result")
         if RunResult.load(finished).config_hash != job.config.hash:
             raise RuntimeError("the notebook wrote a result of another configuration")
+        weights = finished.with_suffix(".safetensors")
+        if weights.exists():
+            weights.replace(job.result.with_suffix(".safetensors"))
         finished.replace(job.result)
         shutil.rmtree(job.work, ignore_errors=True)
     return 0
