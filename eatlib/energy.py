@@ -125,42 +125,39 @@ _CHUNK = 2**16  # elements
 def count_nonzero(x: Tensor) -> Count:
     """How many elements of `x` are not zero, |x| > 2^-126; exact for any size, type and memory layout.
 
-    NaN counts as not zero. No copy is made of a tensor that fills its memory in any order of dimensions.
+    No copy is made of a tensor that fills its memory in any order of dimensions.
     """
-    return _count(x, positive=False)[0]
+    return _count(x)[0]
 
 
-def _count(x: Tensor, *, positive: bool) -> tuple[Count, Count]:
-    """The elements that are not zero, and, if asked for, those above zero: one pass over the memory."""
+def _count(x: Tensor) -> tuple[Count, Count]:
+    """The elements that are not zero, and those above zero: one pass over the memory."""
     if not x.is_cpu or x.dtype not in _BITS or x.layout != torch.strided:
-        mask = _nonzero_mask(x.to_dense() if x.layout != torch.strided else x)
-        counts = torch.count_nonzero(mask), torch.count_nonzero(x > ZERO) if positive else torch.tensor(0)
+        if x.layout != torch.strided:
+            x = x.to_dense()
+        if x.is_complex() or x.dtype == torch.bool:
+            x = x.abs() if x.is_complex() else x.byte()
+        positives, negatives = torch.count_nonzero(x > ZERO), torch.count_nonzero(x < -ZERO)
+        counts = positives + negatives, positives
         return counts if not x.is_cpu else (int(counts[0]), int(counts[1]))
     if not x.is_contiguous() and not _is_dense(x):
         x = x.detach().contiguous()
     if x.numel() == 0:
         return 0, 0
-    bits, limit, unsigned_limit = _BITS[x.dtype]
     # By address, as an operator that makes a view would cost more than counting a small tensor does.
     memory = (ctypes.c_byte * (x.numel() * x.element_size())).from_address(x.data_ptr())
-    signed, unsigned = np.frombuffer(memory, bits), np.frombuffer(memory, unsigned_limit.dtype)
-    # Numbers of one sign are ordered as their bits are, so that vectorised integer comparisons do; for
-    # magnitudes the sign is shifted out. Pieces stay in a core's cache between the steps.
-    if signed.size <= _CHUNK and not positive:
-        return int(np.count_nonzero(unsigned << 1 > unsigned_limit)), 0
-    magnitude, above = np.empty(_CHUNK, unsigned.dtype), np.empty(_CHUNK, bool)
-    nonzeros = positives = 0
+    limit, negative_limit = _BITS[x.dtype]
+    signed, unsigned = np.frombuffer(memory, limit.dtype), np.frombuffer(memory, negative_limit.dtype)
+    # Numbers of one sign are ordered as their bits are: above zero if these are read as signed integers, below
+    # zero as unsigned ones. Such comparisons are vectorised, and a piece stays in the cache for the second.
+    positives = negatives = 0
+    above = np.empty(min(_CHUNK, signed.size), bool)
     for start in range(0, signed.size, _CHUNK):
         end = min(start + _CHUNK, signed.size)
-        if end - start < _CHUNK:
-            magnitude, above = magnitude[: end - start], above[: end - start]
-        np.left_shift(unsigned[start:end], 1, out=magnitude)
-        np.greater(magnitude, unsigned_limit, out=above)
-        nonzeros += int(np.count_nonzero(above))
-        if positive:
-            np.greater(signed[start:end], limit, out=above)
-            positives += int(np.count_nonzero(above))
-    return nonzeros, positives
+        above = above[: end - start]
+        positives += int(np.count_nonzero(np.greater(signed[start:end], limit, out=above)))
+        negatives += int(np.count_nonzero(np.greater(unsigned[start:end], negative_limit, out=above)))
+    return positives + negatives, positives
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -177,15 +174,14 @@ def _nonzero_mask(x: Tensor) -> Tensor:
     return x.abs() > ZERO if x.is_floating_point() or x.is_complex() else x != 0
 
 
-# The bits of 2^-126 as signed integers, and without the sign; float16 has no number that small.
-_BITS: dict[torch.dtype, tuple[type[np.signedinteger], np.signedinteger, np.unsignedinteger]] = {
-    dtype: (signed, signed(bits), unsigned(2 * bits))
+# The bits of 2^-126 as a signed integer, those of -2^-126 as an unsigned one; float16 has no number that small.
+_BITS: dict[torch.dtype, tuple[np.signedinteger, np.unsignedinteger]] = {
+    dtype: (signed(bits), unsigned(bits + 2 ** (8 * dtype.itemsize - 1)))
     for dtype, signed, unsigned, bits in (
         (torch.float32, np.int32, np.uint32, 127 - 126 << 23),
         (torch.bfloat16, np.int16, np.uint16, 127 - 126 << 7),
         (torch.float16, np.int16, np.uint16, 0),
         (torch.float64, np.int64, np.uint64, 1023 - 126 << 52),
-        (torch.int64, np.int64, np.uint64, 0),  # a batch norm's counter of batches
     )
 }
 
@@ -453,7 +449,7 @@ class _Pass:
             and successor.arguments[0] is x
             and self._facts.get("non-zeros", x) is None
         ):
-            nonzero, positive = _count(x, positive=True)
+            nonzero, positive = _count(x)
             self._facts.set("non-zeros", x, nonzero)
         row.nonzero_outputs += self.count(x)
         return positive
