@@ -4,11 +4,13 @@
     python benchmarks/training.py --precisions bfloat16 --compile     # the same under autocast, compiled
     python benchmarks/training.py --loader                            # images per second against a DataLoader loop
 
-Each step of the variants alternates with the others' in one process; times are medians, memory is the peak of what
-PyTorch allocates from the start of a step to its end, weights and momentum included.
+Each step of the variants alternates with the others' in one process. Times are medians, and so are the ratios of each
+step to the standard one beside it. Memory is the peak of what PyTorch allocates in a step, weights and momentum
+included, over that of standard training.
 """
 
 import argparse
+import operator
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -123,11 +125,14 @@ def compare(arguments: argparse.Namespace) -> None:
                         if turn > 1:
                             times[kind].append(seconds)
                 standard, penalty, usual = (1e3 * statistics.median(times[kind]) for kind in kinds)
+                ratios = {
+                    kind: statistics.median(map(operator.truediv, times[kind], times["standard"])) for kind in kinds
+                }
                 memory = [variant.peak() for variant in variants]
                 label = f"{name} x{width:g}{' compiled' if arguments.compile else ''}"
                 print(
                     f"{label:22}{precision:>10}{standard:8.0f} ms"
-                    f"{penalty:8.0f} ms {penalty / standard:.2f}{usual:8.0f} ms {usual / standard:.2f}"
+                    f"{penalty:8.0f} ms {ratios['penalty']:.2f}{usual:8.0f} ms {ratios['usual']:.2f}"
                     f"{memory[1] / memory[0]:10.3f}{memory[2] / memory[0]:10.2f}"
                     f"   goal {GOALS.get(width, 1.1):.2f}",
                     flush=True,
