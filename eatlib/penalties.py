@@ -399,10 +399,11 @@ class ActivationPenalty:
         """Have a module compute ReLU and penalty together, until `detach`."""
 
         def forward(x: Tensor) -> Tensor:
-            # Autograd has no function of two outputs that overwrites a view, and blocks need dense memory.
-            fusible = not relu.inplace or (_is_dense(x) and not x._is_view())
-            if torch.compiler.is_compiling() or not (self._model.training and fusible):
+            if torch.compiler.is_compiling() or not self._model.training:
                 return F.relu(x, relu.inplace)
+            if relu.inplace and (x._is_view() or not _is_dense(x)):
+                # Autograd has no function of two outputs that overwrites a view, and blocks need dense memory.
+                return F.relu_(x)
             output, self._fused = self._penalize(x, rectify=True, inplace=relu.inplace)
             return output
 
