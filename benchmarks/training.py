@@ -63,7 +63,8 @@ class Variant:
             self.penalty = ActivationPenalty(model, sigma=SIGMA)
         elif kind == "usual":
             self.penalty = UsualPenalty(model)
-        self.model = torch.compile(model) if arguments.compile else model
+        # The usual way keeps what its hooks saw in a list, which does not survive compilation.
+        self.model = torch.compile(model) if arguments.compile and kind != "usual" else model
         self.optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, weight_decay=5e-4, nesterov=True)
         size = arguments.batch or (256 if width < 1 else 64)
         self.images = torch.randint(0, 256, (size, 3, 32, 32), dtype=torch.uint8).to(self.device)
