@@ -170,6 +170,10 @@ def _order(x: Tensor) -> list[int]:
     return sorted(range(x.dim()), key=x.stride, reverse=True)
 
 
+def _in_blocks(x: Tensor) -> bool:
+    return x.device.type == "cpu"  # elsewhere blocks have no cache to stay in, and reading a sum makes the device wait
+
+
 def _is_dense(x: Tensor) -> bool:
     return _flatten(x, x).data_ptr() == x.data_ptr()
 
@@ -200,7 +204,7 @@ class _Penalize(torch.autograd.Function):
         ctx.surrogate, ctx.sigma, ctx.rectify = surrogate, sigma, rectify
         if inplace:
             ctx.mark_dirty(x)
-        if x.device.type != "cpu":
+        if not _in_blocks(x):
             output = F.relu(x, inplace) if rectify else x
             ctx.save_for_backward(output)
             return output, surrogate.formula(output, sigma)
@@ -222,7 +226,7 @@ class _Penalize(torch.autograd.Function):
         (output,) = ctx.saved_tensors
         if above is None:
             above = torch.zeros_like(output)
-        if factor is None or output.device.type != "cpu":
+        if factor is None or not _in_blocks(output):
             gradient = torch.ops.aten.threshold_backward(above, output, 0) if ctx.rectify else above
             if factor is not None:
                 with torch.enable_grad():
@@ -395,10 +399,11 @@ class ActivationPenalty:
         """Have a module compute ReLU and penalty together, until `detach`."""
 
         def forward(x: Tensor) -> Tensor:
-            # Autograd has no function of two outputs that overwrites a view, and blocks need dense memory.
-            fusible = not relu.inplace or (_is_dense(x) and not x._is_view())
-            if torch.compiler.is_compiling() or not (self._model.training and fusible):
+            if torch.compiler.is_compiling() or not self._model.training:
                 return F.relu(x, relu.inplace)
+            if relu.inplace and (x._is_view() or not _is_dense(x)):
+                # Autograd has no function of two outputs that overwrites a view, and blocks need dense memory.
+                return F.relu_(x)
             output, self._fused = self._penalize(x, rectify=True, inplace=relu.inplace)
             return output
 
