@@ -5,18 +5,23 @@
 writes the tables of the committed results between the file's `<!-- results:STUDY -->` and `<!-- /results -->`.
 """
 
+from __future__ import annotations
+
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eatlib.config import RunConfig
 from eatlib.results import ROOT, Epoch, LayerFiring, RunResult, StudyResults
+
+if TYPE_CHECKING:
+    import pandas as pd  # pandas and seaborn are slow imports, which the figures of a single run do without
 
 GROUP = ["dataset", "model"]
 SETTING = ["penalty", "penalty_layers", "penalty_normalization", "sigma", "warmup_epochs", "lambda"]
@@ -37,7 +42,7 @@ COLORS = {STANDARD: "#0072b2", AWARE: "#d55e00"}
 
 def use_style() -> None:
     """The look of all figures: seaborn's paper context on a white grid."""
-    import seaborn as sns  # a slow import that a training run does without
+    import seaborn as sns
 
     sns.set_theme(context="paper", style="whitegrid", palette="colorblind", font_scale=1.1)
     plt.rcParams.update({"figure.dpi": 110, "savefig.dpi": 200, "savefig.bbox": "tight"})
@@ -64,6 +69,8 @@ def select(table: pd.DataFrame, margin: float, accounting: str = "published") ->
     Returns:
         One row of `SETTING` per data set and network that has a standard training; NaN where no setting qualifies.
     """
+    import pandas as pd
+
     ratio = f"validation_{accounting}_ratio"
     rows = []
     for group, runs in table.groupby(GROUP, sort=False):
@@ -89,6 +96,8 @@ def tradeoff_table(table: pd.DataFrame, margin: float, accounting: str = "publis
         One row per data set and network. `*_std` is the sample standard deviation over seeds; `energy_decrease` is
         (ratio_ST - ratio_EAT) / ratio_ST of the means.
     """
+    import pandas as pd
+
     rows = []
     for _, setting in select(table, margin, accounting).iterrows():
         runs = table[(table[GROUP] == setting[GROUP]).all(axis=1)]
@@ -106,6 +115,8 @@ def tradeoff_table(table: pd.DataFrame, margin: float, accounting: str = "publis
 
 def readable(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
     """`tradeoff_table` as text for people: mean ± spread, names written out."""
+
+    import pandas as pd
 
     def spread(row: pd.Series, key: str) -> str:
         if pd.isna(row[key]):
@@ -176,8 +187,8 @@ def tradeoff_figure(table: pd.DataFrame, margin: float, accounting: str = "publi
                     color="0.3",
                 )
         picked = chosen[(chosen[GROUP] == list(group)).all(axis=1)]["lambda"]
-        if len(picked) and pd.notna(picked.iloc[0]):
-            point = means.loc[picked.iloc[0]]
+        for value in picked.dropna():
+            point = means.loc[value]
             axis.scatter(
                 point[ratio],
                 point["test_accuracy"],
@@ -247,13 +258,13 @@ def mean_firing(results: Sequence[RunResult]) -> list[LayerFiring]:
 
 def curves_figure(history: Sequence[Epoch]) -> Figure:
     """Cross-entropy, penalty and accuracy over the epochs of one run."""
-    frame = pd.DataFrame([epoch.model_dump() for epoch in history])
+    epochs = [epoch.epoch for epoch in history]
     figure, axes = plt.subplots(1, 3, figsize=(10, 2.8), layout="constrained")
-    for axis, column, name in zip(axes, ("loss", "penalty"), ("cross-entropy", "penalty"), strict=False):
-        axis.plot(frame["epoch"], frame[column], marker="o", markersize=3)
+    for axis, field, name in zip(axes, ("loss", "penalty"), ("cross-entropy", "penalty"), strict=False):
+        axis.plot(epochs, [getattr(epoch, field) for epoch in history], marker="o", markersize=3)
         axis.set(xlabel="epoch", ylabel=name, ylim=(0, None))
-    for column, name in (("train_accuracy", "training"), ("validation_accuracy", "validation")):
-        axes[2].plot(frame["epoch"], frame[column], marker="o", markersize=3, label=name)
+    for field, name in (("train_accuracy", "training"), ("validation_accuracy", "validation")):
+        axes[2].plot(epochs, [getattr(epoch, field) for epoch in history], marker="o", markersize=3, label=name)
     axes[2].set(xlabel="epoch", ylabel="accuracy", ylim=(None, 1.01))
     axes[2].legend(frameon=False)
     return figure

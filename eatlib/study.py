@@ -138,6 +138,7 @@ def execute(job: Job, *, force: bool, wait: bool) -> int:
             kernel_name="python3",
             progress_bar=False,
             cwd=str(job.folder),
+            shutdown_kernel="immediate",  # all is written by then, and PyTorch takes a second to end by itself
         )
         finished = job.work / "result.json"
         if not finished.exists():
