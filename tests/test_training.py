@@ -121,7 +121,9 @@ def test_lambda_0_is_standard_training_bit_for_bit(tmp_path):
 
 
 def test_eat_is_the_papers_objective(tmp_path):
-    config = configuration(**{"sigma": 1e-2, "epochs": 1, "learning_rate": 1e-3, "save_weights": True})
+    # Few steps: more of them blow the last bit up, by one neuron that fires on one side only.
+    changes = {"sigma": 1e-2, "epochs": 1, "learning_rate": 1e-3, "train_samples": 150, "save_weights": True}
+    config = configuration(**changes)
     data = load_data(config)
     fit(config, data=data, weights=tmp_path / "w.safetensors")
     found = weights_of(tmp_path / "w.safetensors")
@@ -130,7 +132,7 @@ def test_eat_is_the_papers_objective(tmp_path):
     error, effect = (
         sum((other[name] - expected[name]).square().sum() for name in expected) for other in (found, standard)
     )
-    assert error < 1e-4 * effect
+    assert error < 1e-6 * effect
 
 
 def test_the_penalty_lowers_firing_and_energy():
