@@ -2,6 +2,7 @@
 # Set up if needed, then run a study and draw its results, or run the tests.
 set -euo pipefail
 caller=$PWD
+case ${EATLIB_DATA:-/} in /*) ;; *) export EATLIB_DATA=$caller/$EATLIB_DATA ;; esac
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 
 studies() { for file in studies/*.yaml; do basename "$file" .yaml; done | tr '\n' ' '; }
@@ -43,6 +44,7 @@ while [ $# -gt 0 ]; do
     --setup) action=setup ;;
     --dry-run | --force | --stale | --download | --quiet) arguments+=("$1") ;;
     --workers | --scheduler | --results)
+      if [ "$1" = --workers ]; then [[ ${2-} =~ ^[1-9][0-9]*$ ]] || fail "--workers needs a number, 1 or more"; fi
       [ $# -gt 1 ] || fail "$1 needs a value; see ./run_all.sh --help"
       if [ "$1" = --results ] && [[ $2 != /* ]]; then arguments+=("$1" "$caller/$2"); else arguments+=("$1" "$2"); fi
       shift ;;

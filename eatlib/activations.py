@@ -40,6 +40,8 @@ def leaf_modules(model: nn.Module) -> dict[str, nn.Module]:
 class Watch:
     """Calls `on_call` after each call of the given leaf modules, until `close`; a context manager.
 
+    A copy of the model takes the hooks along, but its calls are not seen.
+
     Args:
         on_call: gets a `LayerCall`; a tensor that it returns takes the place of the module's output.
         modules: paths to watch; all leaf modules if None.
@@ -56,26 +58,28 @@ class Watch:
         on_end: Callable[[], None] | None = None,
     ) -> None:
         self._on_call = on_call
-        self._on_start = on_start
-        self._on_end = on_end
         self._calls: Counter[str] = Counter()
         leaves = leaf_modules(model)
         wanted = leaves if modules is None else {name: leaves[name] for name in modules}
-        self._handles = [model.register_forward_pre_hook(self._start)]
-        self._handles += [module.register_forward_hook(self._hook(name)) for name, module in wanted.items()]
-        self._handles += [model.register_forward_hook(self._end)]
 
-    def _start(self, module: nn.Module, inputs: Any) -> None:
-        self._calls.clear()
-        if self._on_start is not None:
-            self._on_start()
+        def start(module: nn.Module, inputs: Any) -> None:
+            if module is model:
+                self._calls.clear()
+                if on_start is not None:
+                    on_start()
 
-    def _end(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if self._on_end is not None:
-            self._on_end()
+        def end(module: nn.Module, inputs: Any, output: Any) -> None:
+            if module is model and on_end is not None:
+                on_end()
 
-    def _hook(self, name: str) -> Callable[..., Tensor | None]:
+        self._handles = [model.register_forward_pre_hook(start)]
+        self._handles += [module.register_forward_hook(self._hook(name, module)) for name, module in wanted.items()]
+        self._handles += [model.register_forward_hook(end)]
+
+    def _hook(self, name: str, watched: nn.Module) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
+            if module is not watched:
+                return None
             label = self.label(name)
             self._calls[name] += 1
             return self._on_call(LayerCall(label, type(module).__name__, module, inputs, output))
@@ -224,3 +228,13 @@ class _Operators(TorchDispatchMode):
             with self:
                 return function.decompose(*arguments, **keywords)
         return self._trace.operator(function, arguments, keywords)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements of `x` fill a stretch of memory, in whatever order of dimensions."""
+    filled = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1 and stride != filled:
+            return False
+        filled *= size
+    return True

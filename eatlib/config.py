@@ -116,7 +116,7 @@ class RunConfig(BaseModel):
     # Execution: not part of the hash
     data_dir: Path | None = Field(None, description="null: $EATLIB_DATA, else the repository's data/")
     download: bool = Field(False, description="may fetch a data set that is not there")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
     threads: Whole | None = Field(None, ge=1, description="PyTorch's CPU threads; null: PyTorch's choice")
     checkpoint_every: Whole = Field(1, ge=0, description="epochs between checkpoints; 0: none")
     save_weights: bool = Field(False, description="keep the trained weights beside the result")
@@ -124,11 +124,11 @@ class RunConfig(BaseModel):
     @field_validator("dataset")
     @classmethod
     def _known_dataset(cls, value: str) -> str:
-        if value.startswith("folder:") and len(value) > len("folder:"):
+        if value.startswith("folder:/") and len(value) > len("folder:/"):
             return value
         if value not in DATASETS or value == "folder":
             allowed = ", ".join(name for name in DATASETS if name != "folder")
-            raise ValueError(f"must be one of {allowed}, or folder:/path")
+            raise ValueError(f"must be one of {allowed}, or folder:/path, from the root")
         return value
 
     @field_validator("model")
@@ -144,11 +144,16 @@ class RunConfig(BaseModel):
                 raise ValueError(f"must be resnet18, vgg16 or a torchvision classifier{hint}")
         return value
 
+    @field_validator("penalty_layers", mode="before")
+    @classmethod
+    def _one_pattern(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) and value not in ("relu", "all") else value
+
     @field_validator("device")
     @classmethod
     def _known_device(cls, value: str) -> str:
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
-            raise ValueError("must be auto, cpu, mps, cuda or cuda:N")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+            raise ValueError("must be auto, cpu, cuda or cuda:N")
         return value
 
     @model_validator(mode="before")
@@ -204,7 +209,7 @@ class RunConfig(BaseModel):
     @property
     def name(self) -> str:
         """A file name that a person can read and that is this run's alone."""
-        dataset = re.sub(r"[^A-Za-z0-9]+", "-", self.dataset).strip("-")
+        dataset = re.sub(r"[^A-Za-z0-9]+", "-", self.dataset).strip("-")[-60:]
         return f"{dataset}_{self.model}_lambda{self.lambda_:g}_seed{self.seed}_{self.hash}"
 
 
@@ -222,7 +227,7 @@ class Study(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.@=,-]*$", description="of the file, and of its folder of results")
     label: str = Field(description="what the study is and at what scale; stands on every table and figure")
     margin: Real = Field(
         0.03, ge=0, lt=1, description="validation accuracy that EAT may lose against standard training"
@@ -267,9 +272,13 @@ class Study(BaseModel):
         return list(runs.values())
 
     def override(self, changes: dict[str, Any]) -> "Study":
-        """The study with some fields set for all runs; a list is an axis. Its name tells it from the original."""
+        """The study with some fields set for all runs; a list is an axis.
+
+        If what is computed changes, the study has a name of its own, and so its results a folder.
+        """
         if not changes:
             return self
+        told = {key: value for key, value in sorted(changes.items()) if key not in EXECUTION_FIELDS}
         axes = {key: value for key, value in changes.items() if isinstance(value, list)}
         fixed = {key: value for key, value in changes.items() if key not in axes}
 
@@ -277,12 +286,13 @@ class Study(BaseModel):
             return {key: value for key, value in values.items() if key not in changes}
 
         blocks = [Block(fixed=without(b.fixed), grid=without(b.grid) | axes) for b in self.blocks]
-        suffix = re.sub(r"[^A-Za-z0-9.=-]+", "-", ",".join(f"{k}={v}" for k, v in sorted(changes.items())))
-        if len(suffix) > 80:
-            suffix = hashlib.sha256(suffix.encode()).hexdigest()[:12]
+        exact = ",".join(f"{key}={value}" for key, value in told.items())
+        suffix = re.sub(r"[^A-Za-z0-9.=,-]+", "-", exact)[:60].strip("-")
+        if suffix != exact:  # two changes must not end in one name
+            suffix += "-" + hashlib.sha256(exact.encode()).hexdigest()[:8]
         changed = Study(
-            name=f"{self.name}@{suffix.strip('-')}",
-            label=f"{self.label} Changed: {', '.join(f'{k} = {v}' for k, v in sorted(changes.items()))}.",
+            name=f"{self.name}@{suffix}" if told else self.name,
+            label=f"{self.label} Changed: {', '.join(f'{k} = {v}' for k, v in told.items())}." if told else self.label,
             margin=self.margin,
             fixed=without(self.fixed) | fixed,
             blocks=blocks,

@@ -119,9 +119,12 @@ def training_batches(
     starts = list(range(0, len(split), batch_size))
     if len(split) % batch_size == 1 and len(starts) > 1:
         starts.pop()
+    # Drawn and moved once an epoch: moving small tensors in each step makes an accelerator wait.
+    draws = _draw(len(split), augmentation, generator, split.images.device)
     for start, end in zip(starts, [*starts[1:], len(split)], strict=True):
         chosen = order[start:end]
-        yield augment(split.images[chosen], augmentation, generator), split.labels[chosen]
+        drawn = {name: values[start:end] for name, values in draws.items()}
+        yield _augment(split.images[chosen], drawn), split.labels[chosen]
 
 
 def augment(images: Tensor, augmentation: str, generator: torch.Generator) -> Tensor:
@@ -137,24 +140,38 @@ def augment(images: Tensor, augmentation: str, generator: torch.Generator) -> Te
     Returns:
         A batch of the same shape and type.
     """
-    if augmentation == "none":
-        return images
-    if augmentation not in ("crop", "crop_flip", "crop_rotate"):
-        raise ValueError(f"augmentation = {augmentation!r}: must be none, crop, crop_flip or crop_rotate")
-    count, _, height, width = images.shape
-    device = images.device
+    return _augment(images, _draw(len(images), augmentation, generator, images.device))
 
-    def draw(choices: int) -> Tensor:
+
+def _draw(count: int, augmentation: str, generator: torch.Generator, device: torch.device) -> dict[str, Tensor]:
+    """What `_augment` does to each of `count` images, on `device`."""
+
+    def integers(choices: int) -> Tensor:
         return torch.randint(choices, (count,), generator=generator, device=generator.device).to(device)
 
-    windows = F.pad(images, (PADDING,) * 4).unfold(2, height, 1).unfold(3, width, 1)
-    top, left = draw(2 * PADDING + 1), draw(2 * PADDING + 1)
-    images = windows[torch.arange(count, device=device), :, top, left]
+    if augmentation == "none":
+        return {}
+    if augmentation not in ("crop", "crop_flip", "crop_rotate"):
+        raise ValueError(f"augmentation = {augmentation!r}: must be none, crop, crop_flip or crop_rotate")
+    draws = {"top": integers(2 * PADDING + 1), "left": integers(2 * PADDING + 1)}
     if augmentation == "crop_flip":
-        images = torch.where(draw(2).bool()[:, None, None, None], images.flip(3), images)
+        draws["flip"] = integers(2).bool()
     elif augmentation == "crop_rotate":
         turn = torch.rand(count, generator=generator, device=generator.device).to(device)
-        images = _rotate(images, (2 * turn - 1) * math.radians(ROTATION))
+        draws["angle"] = (2 * turn - 1) * math.radians(ROTATION)
+    return draws
+
+
+def _augment(images: Tensor, draws: dict[str, Tensor]) -> Tensor:
+    if not draws:
+        return images
+    height, width = images.shape[2:]
+    windows = F.pad(images, (PADDING,) * 4).unfold(2, height, 1).unfold(3, width, 1)
+    images = windows[torch.arange(len(images), device=images.device), :, draws["top"], draws["left"]]
+    if "flip" in draws:
+        images = torch.where(draws["flip"][:, None, None, None], images.flip(3), images)
+    if "angle" in draws:
+        images = _rotate(images, draws["angle"])
     return images
 
 
@@ -197,9 +214,14 @@ def load_data(config: RunConfig, *, progress: bool = False) -> Data:
     root = data_root(config)
     source = _source(config.dataset, root)
     _fetch(source, root, download=config.download)
-    cached = _load_source(source, config, root, progress)
+    try:
+        cached = _load_checked(source, config, root, progress)
+    except DataError:
+        if not config.download or not source.published:
+            raise
+        _download(source, root)  # the files are there but damaged, or fewer than there should be
+        cached = _load_checked(source, config, root, progress)
     everything, test = cached.train, cached.test
-    _require_complete(source, len(everything), len(test or ()), config.allow_partial, cached.digest)
 
     seed = config.split_seed
     if test is None:
@@ -602,19 +624,23 @@ def _fetch(source: _Source, root: Path, *, download: bool) -> None:
         return [str(path) for path in source.paths if not path.exists()]
 
     if missing() and download:
-        with _exclusive(root, source.name):
-            if missing():
-                try:
-                    source.download()
-                except Exception as error:  # torchvision and gdown raise what they please
-                    raise DataError(
-                        f"{source.name}: download failed ({type(error).__name__}: {error}). By hand: {source.by_hand()}"
-                    ) from error
+        _download(source, root)
     if missing():
         raise DataError(
             f"{source.name}: no {', '.join(missing())}. Either set download: true (--download), or by hand: "
             f"{source.by_hand()}. Data elsewhere: set data_dir or EATLIB_DATA"
         )
+
+
+def _download(source: _Source, root: Path) -> None:
+    """Have torchvision fetch, verify and unpack the source; what is whole already is left alone."""
+    with _exclusive(root, source.name):
+        try:
+            source.download()
+        except Exception as error:  # torchvision and gdown raise what they please
+            raise DataError(
+                f"{source.name}: download failed ({type(error).__name__}: {error}). By hand: {source.by_hand()}"
+            ) from error
 
 
 def _require_complete(source: _Source, train: int, test: int, allow_partial: bool, digest: str | None = None) -> None:
@@ -646,6 +672,13 @@ class _Decoded:
     train: Split
     test: Split | None
     groups: Tensor | None
+
+
+def _load_checked(source: _Source, config: RunConfig, root: Path, progress: bool) -> _Decoded:
+    """The decoded images, complete unless the configuration allows otherwise."""
+    decoded = _load_source(source, config, root, progress)
+    _require_complete(source, len(decoded.train), len(decoded.test or ()), config.allow_partial, decoded.digest)
+    return decoded
 
 
 def _load_source(source: _Source, config: RunConfig, root: Path, progress: bool) -> _Decoded:

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parameter import is_lazy
 
-from eatlib.activations import LayerCall, OperatorCall, Trace
+from eatlib.activations import LayerCall, OperatorCall, Trace, is_dense
 
 if TYPE_CHECKING:
     import pandas
@@ -140,7 +140,7 @@ def _count(x: Tensor) -> tuple[Count, Count]:
         positives, negatives = torch.count_nonzero(x > ZERO), torch.count_nonzero(x < -ZERO)
         counts = positives + negatives, positives
         return counts if not x.is_cpu else (int(counts[0]), int(counts[1]))
-    if not x.is_contiguous() and not _is_dense(x):
+    if not x.is_contiguous() and not is_dense(x):
         x = x.detach().contiguous()
     if x.numel() == 0:
         return 0, 0
@@ -158,16 +158,6 @@ def _count(x: Tensor) -> tuple[Count, Count]:
         positives += int(np.count_nonzero(np.greater(signed[start:end], limit, out=above)))
         negatives += int(np.count_nonzero(np.greater(unsigned[start:end], negative_limit, out=above)))
     return positives + negatives, positives
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Whether the elements of `x` fill a stretch of memory, in whatever order of dimensions."""
-    filled = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size != 1 and stride != filled:
-            return False
-        filled *= size
-    return True
 
 
 def _nonzero_mask(x: Tensor) -> Tensor:
@@ -581,7 +571,11 @@ def _is_activation(module: nn.Module) -> bool:
 
 
 def _published_parameters(module: nn.Module) -> list[Tensor]:
-    tensors = [x for x in (*module._parameters.values(), *module._buffers.values()) if x is not None]
+    named = {name: x for name, x in (module._parameters | module._buffers).items() if x is not None}
+    # torch.nn.utils.prune keeps the dense weight and a mask; the layer computes with their product.
+    pruned = {name.removesuffix("_orig") for name in named if name.endswith("_orig")}
+    tensors = [x for name, x in named.items() if name.removesuffix("_orig").removesuffix("_mask") not in pruned]
+    tensors += [getattr(module, name) for name in sorted(pruned)]
     if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
         tensors += [module.running_mean, module.running_var]  # twice, as published
     return tensors
@@ -896,7 +890,10 @@ class EnergyMeter:
             ratio = math.fsum(self._ratios) / len(self._ratios)
         else:
             dense = math.fsum(row.dense_energy_pj(self.hardware) for row in rows)
-            ratio = math.fsum(row.energy_pj(self.hardware) for row in rows) / dense if dense else 1.0
+            if not dense:
+                seen = ", ".join(self._uncounted[accounting]) or "nothing that computes"
+                raise EnergyError(f"the fused accounting saw no layer that multiplies, only {seen}")
+            ratio = math.fsum(row.energy_pj(self.hardware) for row in rows) / dense
         return EnergyReport(
             accounting=accounting,
             hardware=self.hardware,
@@ -957,13 +954,13 @@ def activation_cost(
     zero-skipping.
 
     In the `fused` accounting: the tensor that leaves the layer, after whatever follows up to the next layer
-    that multiplies, is written once, and read and multiplied with non-zero weights by each consumer; that
+    that multiplies, is written once, and read and multiplied with all of its weights by each consumer; that
     energy, over the elements of the layer's output. Layers between the same two multiplying layers share one
     tensor, so that each of them carries all of its energy. The share is of a batch of the size given:
     doubling the batch nearly halves it.
 
     Args:
-        images: one batch, (N, C, H, W).
+        images: one batch, (N, C, H, W), on the model's device.
 
     Returns:
         By leaf module call, as in `EnergyMeter.firing`: joules per non-zero element / dense joules of the
@@ -1005,6 +1002,8 @@ def _check_accounting(accounting: str) -> None:
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise EnergyError(f"model is a {type(model).__name__}: must be a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise EnergyError("model is a TorchScript module, which hides its layers: measure what it was made from")
     if next(model.parameters(), None) is None:
         raise EnergyError(f"{type(model).__name__} has no parameters: there are no weights whose energy could count")
     for name, parameter in model.named_parameters():

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import MethodType
 from typing import Any, Literal, get_args
 from weakref import WeakSet
 
@@ -17,12 +18,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from eatlib.activations import LayerCall, Watch, leaf_modules
+from eatlib.activations import LayerCall, Watch, is_dense, leaf_modules
 from eatlib.models import count_parameters
 
 Normalization = Literal["layer_mean", "parameters", "energy"]
 
-ZERO_MAKERS = (nn.ReLU, nn.ReLU6, nn.Threshold, nn.Hardswish, nn.Hardsigmoid, nn.Hardshrink, nn.Softshrink)
+ZERO_MAKERS = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.Hardshrink, nn.Softshrink)
 """Activation functions that are exactly zero over a range of inputs; `layers="relu"` means these."""
 
 _LARGEST = 1e18  # activations are clipped here, so that an infinity of half precision is a neuron that fires
@@ -174,10 +175,6 @@ def _in_blocks(x: Tensor) -> bool:
     return x.device.type == "cpu"  # elsewhere blocks have no cache to stay in, and reading a sum makes the device wait
 
 
-def _is_dense(x: Tensor) -> bool:
-    return _flatten(x, x).data_ptr() == x.data_ptr()
-
-
 def _blocks(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Blocks of vectors of equal length, and scratch memory for one block."""
     scratch = torch.empty(min(_BLOCK, len(vectors[0])))
@@ -298,13 +295,15 @@ class ActivationPenalty:
     ) -> None:
         if penalty not in PENALTIES:
             raise ValueError(f"penalty = {penalty!r}: must be one of {', '.join(PENALTIES)}")
-        if not (math.isfinite(sigma) and sigma > 0):
-            raise ValueError(f"sigma = {sigma!r}: must be a finite number above 0")
+        if not (math.isfinite(sigma) and sigma >= 1e-30):  # smaller ones are no float32
+            raise ValueError(f"sigma = {sigma!r}: must be a finite number from 1e-30 up")
         if normalization not in get_args(Normalization):
             allowed = ", ".join(get_args(Normalization))
             raise ValueError(f"normalization = {normalization!r}: must be one of {allowed}")
         if (normalization == "energy") != (costs is not None):
             raise ValueError(f"normalization = {normalization!r}: costs go with 'energy', and only with it")
+        if hasattr(model, "_orig_mod"):
+            raise ValueError("the model is compiled: attach to the network that it was made from, then compile")
         if model in _attached:
             raise ValueError("the model has an ActivationPenalty attached already: detach() that one first")
         self._model = model
@@ -398,16 +397,17 @@ class ActivationPenalty:
     def _fuse(self, relu: nn.ReLU) -> None:
         """Have a module compute ReLU and penalty together, until `detach`."""
 
-        def forward(x: Tensor) -> Tensor:
-            if torch.compiler.is_compiling() or not self._model.training:
-                return F.relu(x, relu.inplace)
-            if relu.inplace and (x._is_view() or not _is_dense(x)):
+        def forward(module: nn.ReLU, x: Tensor) -> Tensor:
+            is_copy = module is not relu
+            if is_copy or torch.compiler.is_compiling() or not self._model.training:
+                return F.relu(x, module.inplace)
+            if relu.inplace and (x._is_view() or not is_dense(x)):
                 # Autograd has no function of two outputs that overwrites a view, and blocks need dense memory.
                 return F.relu_(x)
             output, self._fused = self._penalize(x, rectify=True, inplace=relu.inplace)
             return output
 
-        relu.forward = forward
+        relu.forward = MethodType(forward, relu)  # bound, so that a copy of the model has its own
 
     def _scale(self, name: str, x: Tensor) -> float:
         if self._normalization == "layer_mean":

@@ -57,7 +57,9 @@ class Evaluation(_Record):
     loss: float = Field(description="mean cross-entropy")
     energy: dict[Literal["published", "fused"], EnergyTotals]
     firing: list[LayerFiring] = Field(description="in the order of the calls")
-    uncounted: list[str] = Field(description="what the energy accountings saw but could not count")
+    uncounted: dict[Literal["published", "fused"], list[str]] = Field(
+        description="by accounting, what it saw but could not count"
+    )
 
 
 class Epoch(_Record):

@@ -11,6 +11,7 @@ and `work/` what a run needs while it is not done: its lock, log, checkpoint and
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,8 +19,11 @@ import sys
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,7 +111,7 @@ class Outcome:
 # --- one run, in a process of its own ---------------------------------------------------------------------------
 
 
-def execute(job: Job, *, force: bool, wait: bool) -> int:
+def execute(job: Job, *, wait: bool) -> int:
     """Execute the run's notebook in this process, unless it is done or another process is at it.
 
     The lock belongs to the process and ends with it, however it ends. The notebook writes its result into the
@@ -125,12 +129,10 @@ def execute(job: Job, *, force: bool, wait: bool) -> int:
     except Timeout:
         return BUSY
     with lock:
-        if not force and job.load() is not None:
+        if job.load() is not None:
             return 0
-        if force:
-            shutil.rmtree(job.work, ignore_errors=True)
-            job.work.mkdir(parents=True)
         job.notebook.parent.mkdir(parents=True, exist_ok=True)
+        job.notebook.unlink(missing_ok=True)
         papermill.execute_notebook(
             TRAIN_NOTEBOOK,
             job.notebook,
@@ -171,28 +173,27 @@ def _die_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def run_process(job: Job, *, force: bool, wait: bool, threads: int, stop: Path, gpus: list[str]) -> Outcome:
+def run_process(job: Job, *, wait: bool, threads: int, stop: Path) -> Outcome:
     """Start the process that executes one run and see it to its end. This is the task that Dask sends to a worker.
 
     Args:
         wait: if another process is at the run, wait for it; else come back as "busy".
         stop: when this file appears, the run is ended.
-        gpus: identifiers of local GPUs to take one of; empty: leave the choice to the environment.
     """
     start = time.monotonic()
     job.log.parent.mkdir(parents=True, exist_ok=True)
     environment = _environment() | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    gpu = _take_gpu(gpus)
+    gpu = _take_gpu() if job.config.device in ("auto", "cuda") else None
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     request = {
         "config": job.config.to_dict(),
         "folder": str(job.folder),
-        "force": force,
         "wait": wait,
+        "parent": os.getpid(),
     }
     try:
-        with job.log.open("w") as output:
+        with job.log.open("a") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "eatlib.study", "_execute", json.dumps(request)],
                 stdout=output,
@@ -209,7 +210,8 @@ def run_process(job: Job, *, force: bool, wait: bool, threads: int, stop: Path, 
                 time.sleep(0.1)
     finally:
         if gpu is not None:
-            _GPUS_IN_USE.discard(gpu)
+            with _GPU_LOCK:
+                _GPU_RUNS[gpu] -= 1
     seconds = time.monotonic() - start
     if process.returncode == BUSY:
         return Outcome(job.name, "busy")
@@ -227,21 +229,37 @@ def _environment() -> dict[str, str]:
     return os.environ | {"JUPYTER_PREFER_ENV_PATH": "1", "PYTHONPATH": path}
 
 
-_GPUS_IN_USE: set[str] = set()
+_GPU_RUNS: Counter[str] = Counter()
 _GPU_LOCK = threading.Lock()
 
 
-def _take_gpu(gpus: list[str]) -> str | None:
+def _take_gpu() -> str | None:
+    """The GPU of this machine that has the fewest runs of this process; None if it has no GPU."""
+    gpus = local_gpus()
     with _GPU_LOCK:
-        for gpu in gpus:
-            if gpu not in _GPUS_IN_USE:
-                _GPUS_IN_USE.add(gpu)
-                return gpu
-    return None
+        chosen = min(gpus, key=_GPU_RUNS.__getitem__, default=None)
+        if chosen is not None:
+            _GPU_RUNS[chosen] += 1
+    return chosen
+
+
+def local_gpus() -> list[str]:
+    """Identifiers of the GPUs that processes started here may use."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        if shutil.which("nvidia-smi") is None:
+            return []
+        command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        listed = "" if done.returncode else ",".join(done.stdout.split())
+    return [gpu for gpu in map(str.strip, listed.split(",")) if re.fullmatch(r"\d+|(GPU|MIG)-.+", gpu)]
 
 
 def _last_error(job: Job, status: int) -> str:
-    """What went wrong, in a few lines: the notebook's error if it holds one, else the end of the log."""
+    """What went wrong, in a few lines: a signal, the notebook's error if it holds one, else the end of the log."""
+    if status < 0:
+        hint = " (out of memory?)" if status == -signal.SIGKILL else ""
+        return f"the run's process was killed by {signal.Signals(-status).name}{hint}"
     try:
         cells = json.loads(job.notebook.read_text())["cells"]
     except (OSError, ValueError, KeyError):
@@ -250,6 +268,8 @@ def _last_error(job: Job, status: int) -> str:
         for output in cell.get("outputs", []):
             if output.get("output_type") == "error":
                 return f"{output['ename']}: {output['evalue']}"
+    if shutil.disk_usage(job.folder).free < 1 << 20:
+        return f"no space left on the disk of {job.folder}"
     lines = [line for line in job.log.read_text(errors="replace").splitlines() if line.strip()]
     return "\n".join(lines[-3:]) or f"the run's process ended with status {status} and no message"
 
@@ -310,25 +330,32 @@ def run_study(
     """
     from dask.distributed import Client, LocalCluster, as_completed
 
-    todo = [job for job in jobs(study, results) if force or job.load() is None]
+    results = results.resolve()
     folder = results / study.name
     try:
         (folder / "work").mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "study.yaml", study.to_yaml())
+        for old in (folder / "work").glob(".stop-*"):
+            if time.time() - old.stat().st_mtime > 3600:
+                old.unlink(missing_ok=True)
     except OSError as error:
         raise StudyError(f"cannot write to the results folder {folder}: {error.strerror}") from None
+    todo = [job for job in jobs(study, results) if force or job.load() is None]
     if not todo:
         return []
     _check_parameters(todo[0])
 
-    gpus: list[str] = []
     if scheduler is None:
-        gpus = _local_gpus()
-        count = workers or _default_workers(todo, gpus)
+        count = workers or _default_workers(todo)
         count = min(count, len(todo))
         threads = todo[0].config.threads or max(1, _cores() // count)
         cluster = LocalCluster(
-            n_workers=1, threads_per_worker=count, processes=False, dashboard_address=":0", silence_logs=50
+            n_workers=1,
+            threads_per_worker=count,
+            processes=False,
+            dashboard_address="127.0.0.1:0",
+            worker_dashboard_address="127.0.0.1:0",
+            silence_logs=50,
         )
         client = Client(cluster)
     else:
@@ -338,22 +365,24 @@ def run_study(
         except (OSError, TimeoutError, ValueError) as error:
             raise StudyError(f"no Dask scheduler answers at {scheduler}: {error}") from None
         threads = todo[0].config.threads or 1
-        if "dashboard" in client.scheduler_info().get("services", {}):
+        if find_spec("bokeh") is not None and not quiet:  # without it, schedulers announce a page that is not there
             print(f"Dask dashboard: {client.dashboard_link}")
     stop = folder / "work" / f".stop-{uuid.uuid4().hex}"
-    submit = {"force": force, "threads": threads, "stop": stop, "gpus": gpus}
     # An unmet resource waits for ever: a GPU is only asked for where workers declare them.
-    if any(worker.get("resources", {}).get("GPU") for worker in client.scheduler_info()["workers"].values()):
+    on_gpu = todo[0].config.device != "cpu"
+    if on_gpu and any(worker.get("resources", {}).get("GPU") for worker in client.scheduler_info()["workers"].values()):
         resources = {"GPU": 1}
     else:
         resources = None
 
+    for job in todo:
+        _set_aside(job, force=force)
     progress = _Progress(todo, total=len(jobs(study, results)), quiet=quiet)
     outcomes: dict[str, Outcome] = {}
     submitted: dict[Any, Job] = {}
 
     def start(job: Job, *, wait: bool) -> Any:
-        future = client.submit(run_process, job, wait=wait, **submit, resources=resources, pure=False)
+        future = client.submit(run_process, job, wait=wait, threads=threads, stop=stop, resources=resources, pure=False)
         submitted[future] = job
         return future
 
@@ -383,8 +412,26 @@ def run_study(
         client.close()
         if cluster is not None:
             cluster.close()
-        stop.unlink(missing_ok=True)
     return list(outcomes.values())
+
+
+def _set_aside(job: Job, *, force: bool) -> None:
+    """Move a file that is no result, or with `force` any, out of the run's place; nothing is lost."""
+    from filelock import FileLock, Timeout
+
+    try:
+        with FileLock(job.lock, timeout=0):
+            if not job.result.exists() or (job.load() is not None and not force):
+                return
+            aside = job.work.parent / f"{job.result.name}.{uuid.uuid4().hex[:8]}"
+            job.result.replace(aside)
+            shutil.rmtree(job.work, ignore_errors=True)
+            try:
+                RunResult.load(aside)
+            except ResultError as error:
+                print(f"not a result, set aside: {error}", file=sys.stderr)
+    except Timeout:
+        pass  # a process that is at it
 
 
 def _check_parameters(job: Job) -> None:
@@ -405,20 +452,11 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _local_gpus() -> list[str]:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [gpu for gpu in visible.split(",") if gpu.strip()]
-    if shutil.which("nvidia-smi") is None:
-        return []
-    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.split()
-
-
-def _default_workers(todo: list[Job], gpus: list[str]) -> int:
+def _default_workers(todo: list[Job]) -> int:
     """As many runs at a time as there are GPUs, or cores and memory for one thread each."""
     import psutil
 
+    gpus = local_gpus()
     if gpus and todo[0].config.device != "cpu":
         return len(gpus)
     by_cores = _cores() // (todo[0].config.threads or 1)
@@ -451,6 +489,7 @@ class _Progress:
         self._total = total
         self._bar: tqdm[Any] | None = None
         self._closed = threading.Event()
+        self._start = time.time()
         if self._done and not quiet:
             print(f"{self._done} of {total} runs have a result already")
         if sys.stderr.isatty() and not quiet:
@@ -467,8 +506,11 @@ class _Progress:
             texts = []
             running = list(self._open.values())
             for job in running:
+                path = job.work / "progress.json"
                 try:
-                    state = json.loads((job.work / "progress.json").read_text())
+                    if path.stat().st_mtime < self._start:
+                        continue  # of an earlier attempt
+                    state = json.loads(path.read_text())
                 except (OSError, ValueError):
                     continue
                 config = job.config
@@ -532,6 +574,8 @@ def _changes(items: Iterable[str]) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not equals or not key:
             raise StudyError(f"--set {item!r}: must be FIELD=VALUE, for example epochs=10 or seed=[0,1]")
+        if key in changes:
+            raise StudyError(f"--set {item!r}: {key} is set twice; a list is an axis, as in seed=[0,1]")
         try:
             changes[key] = yaml.safe_load(value)
         except yaml.YAMLError:
@@ -549,6 +593,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--set",
         nargs="+",
+        action="extend",
         default=[],
         metavar="FIELD=VALUE",
         help="set fields for all runs; a list is an axis",
@@ -575,9 +620,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise StudyError(f"--workers {arguments.workers}: must be 1 or more")
     if arguments.download:
         changes["download"] = True
-    study = load_study(arguments.study, {k: v for k, v in changes.items() if k != "download"})
-    if arguments.download:
-        study = study.model_copy(update={"fixed": study.fixed | {"download": True}})
+    study = load_study(arguments.study, changes)
     results = arguments.results.resolve()
     if arguments.dry_run or arguments.stale:
         _show_runs(study, results, only_stale=arguments.stale)
@@ -596,14 +639,13 @@ def _run(arguments: argparse.Namespace) -> int:
     failed = [outcome for outcome in outcomes if outcome.status != "done"]
     if not outcomes:
         print("every run has a result already; --force trains them again")
-    if any(job.load() is not None for job in jobs(study, results)):
-        _show_results(study, results)
+    status = _show_results(study, results)
     if failed:
         print(
             f"{len(failed)} of {len(outcomes)} runs failed; the next call runs only these again",
             file=sys.stderr,
         )
-    return 1 if failed else 0
+    return 1 if failed else status
 
 
 def _show_results(study: Study, results: Path) -> int:
@@ -614,6 +656,19 @@ def _show_results(study: Study, results: Path) -> int:
     from eatlib.results import StudyResults
 
     folder = results / study.name
+    found = StudyResults.load(folder)
+    print(f"\n{study.label}\n")
+    for problem in found.problems:
+        print("not used:", problem, file=sys.stderr)
+    if not any(result.config.lambda_ == 0 for result in found.results):
+        print("no standard training (lambda 0) has a result: nothing to compare with")
+        return 0
+    summary = figures.tradeoff_table(found.table(), margin=study.margin)
+    print(f"{figures.readable(summary).to_string(index=False)}\n\n{found.code()}")
+    if found.missing:
+        print(f"{len(found.missing)} runs are missing")
+    if stale := sum(code_changed(result) is True for result in found.results):
+        print(f"{stale} results were made by other code than this: --stale lists them, --force trains again")
     log = folder / "work" / "render.log"
     with FileLock(log.with_suffix(".lock")), log.open("w") as output:
         status = subprocess.run(
@@ -622,13 +677,11 @@ def _show_results(study: Study, results: Path) -> int:
             stderr=subprocess.STDOUT,
             env=_environment(),
         ).returncode
-    found = StudyResults.load(folder)
-    summary = figures.tradeoff_table(found.table(), margin=study.margin)
-    print(f"\n{study.label}\n\n{figures.readable(summary).to_string(index=False)}\n")
     if status != 0:
         print(f"the figures could not be drawn, see {log}", file=sys.stderr)
         return 1
     log.unlink(missing_ok=True)
+    print()
     for path in (*sorted(folder.glob("*.png")), folder / "tradeoff.ipynb", folder / "tradeoff.html"):
         print(path)
     return 0
@@ -636,7 +689,12 @@ def _show_results(study: Study, results: Path) -> int:
 
 def _show_runs(study: Study, results: Path, *, only_stale: bool) -> None:
     """Print a line a run: whether it is done, and how long it took or may take."""
-    known = [RunResult.load(path) for path in results.glob("*/*.json")]
+    known = []
+    for path in sorted(results.glob("*/*.json")):
+        try:
+            known.append(RunResult.load(path))
+        except ResultError as error:
+            print("not used:", error, file=sys.stderr)
     rates: dict[tuple[Any, ...], list[float]] = {}
 
     def kind(config: RunConfig) -> tuple[Any, ...]:
@@ -679,11 +737,24 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _clean(arguments: argparse.Namespace) -> int:
+    from filelock import FileLock, Timeout
+
     folder = arguments.results / arguments.study
-    if not folder.is_dir():
-        raise StudyError(f"{folder} is not there")
-    for name in ("work", "notebooks"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    if Path(arguments.study).name != arguments.study or not (folder / "study.yaml").is_file():
+        raise StudyError(f"{arguments.study!r} has no results in {arguments.results}")
+    with ExitStack() as stack:
+        locks = sorted((folder / "work").glob("*.lock"))
+        try:
+            for lock in locks:
+                stack.enter_context(FileLock(lock, timeout=0))
+        except Timeout:
+            raise StudyError(f"{lock.stem} is being worked on: nothing is deleted") from None
+        shutil.rmtree(folder / "notebooks", ignore_errors=True)
+        for path in (folder / "work").iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path not in locks:  # a lock that is deleted locks nobody out
+                path.unlink()
     return 0
 
 
@@ -691,10 +762,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Do what the command line says; 0: all well, 1: runs failed, 2: cannot be done, 130: interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["_execute"]:
-        _die_with(os.getppid())
         request = json.loads(arguments[1])
+        _die_with(request["parent"])
         job = Job(RunConfig.parse(request["config"]), Path(request["folder"]))
-        return execute(job, force=request["force"], wait=request["wait"])
+        return execute(job, wait=request["wait"])
     if arguments[:1] == ["_render"]:
         render(arguments[1], Path(arguments[2]))
         return 0

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -245,7 +246,7 @@ def evaluate(
             for accounting, report in reports.items()
         },
         firing=[results.LayerFiring(name=name, kind=kind, firing=share) for name, kind, share in meter.firing()],
-        uncounted=reports["published"].uncounted,
+        uncounted={accounting: report.uncounted for accounting, report in reports.items()},
     )
 
 
@@ -310,13 +311,17 @@ class _Run:
             "config_hash": self._config.hash,
             "config": self._config.to_dict(),
             "data_digest": self._digest,
+            "code": self._code(),
             "seconds": self.seconds,
             "history": [epoch.model_dump(by_alias=True) for epoch in self.history],
         }
         _save_tensors(path, tensors, facts)
 
+    def _code(self) -> str:
+        return f"eatlib {results.git_state()[0] or 'outside git'} with PyTorch {torch.__version__}"
+
     def resume(self, path: Path) -> None:
-        """Take on the state in a checkpoint, if there is one.
+        """Take on the state in a checkpoint, if there is one and the same code made it.
 
         Raises:
             TrainingError: it is damaged, or of another configuration or other images.
@@ -325,6 +330,9 @@ class _Run:
             return
         try:
             tensors, facts = _load_tensors(path)
+            if facts["code"] != self._code():
+                warnings.warn(f"{path} was made by {facts['code']}, not {self._code()}: training anew", stacklevel=3)
+                return
             own = {"config_hash": self._config.hash, "data_digest": self._digest}
             other = [f"{key} {facts[key]}, not {value}" for key, value in own.items() if facts[key] != value]
             if other:
@@ -339,7 +347,7 @@ class _Run:
                 torch.cuda.set_rng_state(tensors["random.cuda"], self._device)
             self.history = [results.Epoch.model_validate(epoch) for epoch in facts["history"]]
             self.seconds = facts["seconds"]
-        except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        except (KeyError, ValueError) as error:
             raise TrainingError(f"{path} is not a whole checkpoint ({error}): remove it") from None
 
 
@@ -380,9 +388,18 @@ def _save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any])
 
 
 def _load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    with safetensors.safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, json.loads(file.metadata()["facts"])
+    """What `_save_tensors` wrote.
+
+    Raises:
+        TrainingError: the file is damaged or foreign.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            facts = (file.metadata() or {})["facts"]
+    except (safetensors.SafetensorError, KeyError) as error:
+        raise TrainingError(f"{path} is damaged, or not a file of eatlib ({error}): remove it") from None
+    return tensors, json.loads(facts)
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -393,17 +410,15 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA where there is one, else MPS, else the CPU.
+    """The device of that name; "auto" is CUDA where there is one, else the CPU.
 
     Raises:
         ValueError: this machine does not have it.
     """
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
-        name = "cuda" if cuda else "mps" if mps else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    there = {"cuda": cuda and (device.index or 0) < torch.cuda.device_count(), "mps": mps}
-    if not there.get(device.type, True):
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device = {name!r}: not on this machine; auto takes what there is")
     return device
 

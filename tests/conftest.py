@@ -26,7 +26,7 @@ def made_up_result(accuracy: float = 0.9, ratio: float = 0.7, **config: Any) -> 
             {"name": "conv1", "kind": "Conv2d", "firing": 1.0},
             {"name": "relu", "kind": "ReLU", "firing": ratio / 2},
         ],
-        "uncounted": [],
+        "uncounted": {"published": [], "fused": []},
     }
     epoch = {
         "epoch": 1,

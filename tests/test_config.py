@@ -28,6 +28,7 @@ def test_defaults_are_the_paper_protocol():
         ("model", "resnet1"),
         ("dataset", "mnist"),
         ("dataset", "folder:"),
+        ("dataset", "folder:here"),
         ("penalty", "l2"),
         ("augmentation", "flip"),
         ("device", "tpu"),
@@ -154,6 +155,10 @@ def test_an_overridden_study_has_another_name_and_the_asked_values(tmp_path):
     assert "/" not in changed.name
     assert [(run.lambda_, run.epochs, run.seed) for run in changed.runs()] == [(0, 2, 7), (1, 2, 7)]
     assert loaded.override({}) is loaded
+    assert loaded.override({"threads": 1}).name == loaded.name
+    assert loaded.override({"threads": 1}).runs()[0].threads == 1
+    folders = [loaded.override({"dataset": f"folder:/{name}"}).name for name in ("a/b", "a-b", "größe", "grüße")]
+    assert len(set(folders)) == 4
     with pytest.raises(ConfigError, match="epochs = 0"):
         loaded.override({"epochs": 0})
     path = tmp_path / f"{changed.name}.yaml"

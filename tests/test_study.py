@@ -7,15 +7,27 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from filelock import FileLock
 
 from eatlib.config import RunConfig, Study
 from eatlib.results import ROOT, RunResult, StudyResults
-from eatlib.study import BUSY, TRAIN_NOTEBOOK, TRAINING_CODE, Job, code_changed, execute, load_study, run_study
+from eatlib.study import (
+    BUSY,
+    TRAIN_NOTEBOOK,
+    TRAINING_CODE,
+    Job,
+    code_changed,
+    execute,
+    load_study,
+    local_gpus,
+    run_study,
+)
 
 SMALL = {
     "dataset": "digits",
@@ -98,7 +110,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_result(tmp_path):
     whole = small_study([1.0], epochs=60, threads=1)  # bits depend on the number of threads
     run_study(whole, tmp_path / "whole")
     job = Job(whole.runs()[0], tmp_path / "killed" / whole.name)
-    request = {"config": job.config.to_dict(), "folder": str(job.folder), "force": False, "wait": False}
+    request = {"config": job.config.to_dict(), "folder": str(job.folder), "wait": False, "parent": os.getpid()}
     process = subprocess.Popen([sys.executable, "-m", "eatlib.study", "_execute", json.dumps(request)])
     progress = job.work / "progress.json"
     wait_for(progress.exists)
@@ -121,10 +133,10 @@ def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path, make_result):
     job = Job(RunConfig.parse({"epochs": 1}), tmp_path)
     job.work.mkdir(parents=True)
     with FileLock(job.lock):
-        assert execute(job, force=False, wait=False) == BUSY
+        assert execute(job, wait=False) == BUSY
     make_result().save(job.result)
     before = job.result.read_bytes()
-    assert execute(job, force=False, wait=True) == 0
+    assert execute(job, wait=True) == 0
     assert job.result.read_bytes() == before
     assert not job.notebook.exists(), "nothing was executed"
 
@@ -150,8 +162,12 @@ def test_interrupting_a_study_keeps_what_is_finished_and_leaves_no_process(tmp_p
     assert "Traceback" not in errors
     for lock in tmp_path.glob("*/work/*.lock"):
         FileLock(lock, timeout=5).acquire().lock.release()
-    assert not list(tmp_path.glob("*/work/.stop-*"))
     assert list(tmp_path.glob("*/work/*/checkpoint/*")), "the next call has something to resume from"
+    wait_for(lambda: not [process for process in psutil.process_iter(["cmdline"]) if marked(process, tmp_path)])
+
+
+def marked(process, path):
+    return any(str(path) in argument for argument in process.info["cmdline"] or ())
 
 
 @pytest.fixture
@@ -200,9 +216,11 @@ def test_a_worker_that_dies_is_replaced(tmp_path, cluster):
         (["run", "smoke", "--set", "epoch=1"], "did you mean 'epochs'"),
         (["run", "smoke", "--set", "epochs"], "must be FIELD=VALUE"),
         (["run", "smoke", "--workers", "0"], "--workers 0"),
+        (["run", "smoke", "--set", "seed=0", "--set", "seed=1"], "set twice"),
+        (["run", "smoke", "--set", "dataset=folder:here"], "from the root"),
         (["run", "smoke", "--frob"], "--frob"),
         (["run", "smoke", "--scheduler", "tcp://127.0.0.1:9"], "no Dask scheduler answers"),
-        (["clean", "nope"], "not there"),
+        (["clean", "nope"], "has no results"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line_and_exits_2(tmp_path, arguments, message):
@@ -275,13 +293,76 @@ def test_force_executes_what_has_a_result(tmp_path):
     assert RunResult.load(path).test == before[1]
 
 
-def test_clean_keeps_the_results(tmp_path, make_result):
-    folder = tmp_path / "some"
+def test_clean_keeps_results_and_what_is_not_a_study(tmp_path, make_result):
+    folder = tmp_path / "results" / "some"
     make_result().save(folder / "run.json")
-    for name in ("work", "notebooks"):
-        (folder / name).mkdir()
-    assert command("clean", "some", "--results", str(tmp_path)).returncode == 0
-    assert [path.name for path in folder.iterdir()] == ["run.json"]
+    (tmp_path / "notebooks").mkdir()
+    (folder / "work" / "run").mkdir(parents=True)
+    (folder / "notebooks").mkdir()
+    for name in ("some", "..", "../results/some"):  # the first has no study.yaml yet
+        assert command("clean", name, "--results", str(folder.parent)).returncode == 2
+    (folder / "study.yaml").write_text(small_study([0]).to_yaml())
+    with FileLock(folder / "work" / "run.lock"):
+        assert command("clean", "some", "--results", str(folder.parent)).returncode == 2
+    assert (folder / "work" / "run").is_dir()
+    assert command("clean", "some", "--results", str(folder.parent)).returncode == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["run.json", "study.yaml", "work"]
+    assert not (folder / "work" / "run").exists()
+    assert (tmp_path / "notebooks").is_dir()
+
+
+def test_a_file_that_is_no_result_is_named_and_kept(tmp_path, capsys):
+    study = small_study([0], epochs=1)
+    job = Job(study.runs()[0], tmp_path / study.name)
+    job.folder.mkdir()
+    job.result.write_text('{"precious": 1}')
+    (outcome,) = run_study(study, tmp_path)
+    assert outcome.status == "done"
+    assert "precious" in capsys.readouterr().err
+    (aside,) = (job.folder / "work").glob("*.json.*")
+    assert aside.read_text() == '{"precious": 1}'
+
+
+def test_gpus_are_only_those_that_can_be_used(tmp_path, monkeypatch):
+    driver = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for script, expected in (
+        ("echo 0; echo 1", ["0", "1"]),
+        ("echo NVIDIA-SMI has failed; exit 9", []),
+        ("echo No devices were found", []),
+    ):
+        driver.write_text(f"#!/bin/sh\n{script}\n")
+        driver.chmod(0o755)
+        assert local_gpus() == expected
+    for visible, expected in (("", []), ("-1", []), ("2,GPU-1f", ["2", "GPU-1f"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert local_gpus() == expected
+
+
+def test_a_killed_run_is_called_killed(tmp_path):
+    study = small_study([0], epochs=500)
+    job = Job(study.runs()[0], tmp_path / study.name)
+
+    def kill():
+        wait_for((job.work / "progress.json").exists)
+        (process,) = [p for p in psutil.Process().children() if "_execute" in p.cmdline()]
+        process.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    (outcome,) = run_study(study, tmp_path)
+    killer.join()
+    assert outcome.status == "failed"
+    assert "killed by SIGKILL" in outcome.error
+
+
+def test_failed_runs_and_missing_standard_training_end_in_1_and_a_sentence(tmp_path):
+    done = command("run", "smoke", "--set", "lambda=[1]", "learning_rate=1e30", "--results", str(tmp_path))
+    assert done.returncode == 1
+    assert "the loss became nan in epoch 1" in done.stdout
+    assert "no standard training" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_a_notebook_without_a_parameter_is_refused_before_anything_starts(tmp_path, monkeypatch):
