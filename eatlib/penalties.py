@@ -263,6 +263,8 @@ class ActivationPenalty:
     runs as if nothing were attached. A module that is called several times counts as several layers. `with
     ActivationPenalty(model) as penalty:` detaches at the end.
 
+    A copy of the model that is made while a penalty is attached is not penalised; to save one, use its `state_dict`.
+
     Works with in-place modules and additions, autocast, gradient accumulation, `torch.compile` (attach first, then
     compile) and gradient checkpointing (`use_reentrant=False`).
 

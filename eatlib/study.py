@@ -770,6 +770,7 @@ def main(arguments: list[str] | None = None) -> int:
         render(arguments[1], Path(arguments[2]))
         return 0
     options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
         return {"run": _run, "list": _list, "clean": _clean}[options.command](options)
     except StudyError as error:

@@ -704,3 +704,21 @@ def test_gpu_counts_as_the_cpu_does(accounting: str, exact_macs: bool) -> None:
     options = {"accounting": accounting, "exact_macs": exact_macs}
     cpu = measure(model, x, **options)
     assert measure(model.cuda(), x, **options).totals == cpu.totals
+
+
+def test_torchs_own_pruning_counts_as_zeros():
+    from torch.nn.utils import prune
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 20), nn.ReLU(), nn.Linear(20, 4))
+    images = torch.rand(3, 3, 4, 4)
+    prune.l1_unstructured(model[1], "weight", amount=0.75)
+    attached = [energy_report(model, [images], accounting=accounting).ratio for accounting in ("published", "fused")]
+    prune.remove(model[1], "weight")
+    removed = [energy_report(model, [images], accounting=accounting).ratio for accounting in ("published", "fused")]
+    assert attached == removed
+
+
+def test_a_model_that_multiplies_nothing_is_refused():
+    with pytest.raises(EnergyError, match="no layer that multiplies"):
+        energy_report(nn.BatchNorm2d(3), [torch.rand(2, 3, 4, 4)], accounting="fused")

@@ -555,3 +555,23 @@ def test_compiled_in_one_piece(memory_format):
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         compiled(torch.rand(2, 3, 16, 16))
         assert penalty().requires_grad
+
+
+def test_a_copy_of_the_model_is_left_alone():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(inplace=True))
+    x = torch.randn(5, 4)
+    with ActivationPenalty(model) as penalty:
+        copied = copy.deepcopy(model)
+        output = model(x)
+        with torch.no_grad():
+            assert torch.equal(copied(x), output)
+            assert torch.equal(copied.eval()(x), output)
+        value = penalty()
+        model(x)
+        assert torch.equal(penalty(), value)
+    assert torch.equal(copied(x), output)
+
+
+def test_a_compiled_model_is_refused():
+    with pytest.raises(ValueError, match="then compile"):
+        ActivationPenalty(torch.compile(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), backend="eager"))

@@ -153,10 +153,19 @@ def test_two_runners_share_a_study(tmp_path):
 
 def test_interrupting_a_study_keeps_what_is_finished_and_leaves_no_process(tmp_path):
     arguments = ["run", "smoke", "--set", "epochs=500", "--workers", "1", "--results", str(tmp_path)]
-    runner = subprocess.Popen([sys.executable, "-m", "eatlib.study", *arguments], stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: list(tmp_path.glob("*/work/*/progress.json")))
-    runner.send_signal(signal.SIGINT)
-    _, errors = runner.communicate(timeout=60)
+    runner = subprocess.Popen(
+        [sys.executable, "-m", "eatlib.study", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts background jobs, these tests perhaps, with SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        wait_for(lambda: list(tmp_path.glob("*/work/*/progress.json")))
+        runner.send_signal(signal.SIGINT)
+        _, errors = runner.communicate(timeout=60)
+    finally:
+        runner.terminate()
     assert runner.returncode == 130
     assert "the next call resumes" in errors
     assert "Traceback" not in errors
