@@ -4,7 +4,7 @@
 
 CIFAR-10 if it is in the data folder, else made-up images of the same number and size. Both sides give
 shuffled uint8 batches, cropped with padding 4 and flipped, or cropped and turned; the DataLoader goes through
-Pillow, as the authors' code does. "Cold" is from nothing in memory (eatlib: its cache; torchvision: its
+Pillow, as the authors' code does. "First epoch" is from nothing in memory (eatlib: its cache; torchvision: its
 pickles) to the end of the first epoch, "warm" a later epoch. The contenders' epochs alternate, medians are
 printed; then what augmenting is of a training step of a quarter-wide ResNet-18.
 """
@@ -85,7 +85,7 @@ def main() -> None:
         loaded = time.perf_counter()
         drain(training_batches(train, size, "crop_flip", generator))
         cold = time.perf_counter() - start
-        print(f"cold, eatlib: {cold:.2f} s, of which load_data {loaded - start:.2f} s")
+        print(f"first epoch, eatlib: {cold:.2f} s, of which load_data {loaded - start:.2f} s")
         CIFAR10._check_integrity = lambda self: True  # no checksums: only reading is compared
         start = time.perf_counter()
         torchvision_set = CIFAR10(data_root(config), transform=PillowImages(train, "crop_flip").transform)
@@ -93,7 +93,7 @@ def main() -> None:
         drain(DataLoader(torchvision_set, size, shuffle=True, num_workers=options.threads))
         cold_torchvision = (time.perf_counter() - start) * len(train) / len(torchvision_set)
         print(
-            f"cold, torchvision, {options.threads} workers: {cold_torchvision:.2f} s for as many images, "
+            f"first epoch, torchvision, {options.threads} workers: {cold_torchvision:.2f} s for as many images, "
             f"of which CIFAR10() {loaded - start:.2f} s: {cold_torchvision / cold:.1f} times as long"
         )
 

@@ -49,8 +49,13 @@ def use_style() -> None:
     plt.rcParams.update({"figure.dpi": 110, "savefig.dpi": 200, "savefig.bbox": "tight"})
 
 
-def _title(group: Sequence[str], *, complete: bool = True) -> str:
-    return ", ".join(NAMES.get(item, item) for item in group) + ("" if complete else " (partial data)")
+def _title(group: Sequence[str], runs: pd.DataFrame) -> str:
+    """The data set and network, and how many images there are if it is not the complete data set."""
+    name = ", ".join(NAMES.get(item, item) for item in group)
+    if runs["complete"].all():
+        return name
+    train, test = runs["source_train"].max(), runs["source_test"].max()
+    return f"{name} (partial data: {train:,} + {test:,} images)"
 
 
 def training_name(config: RunConfig) -> str:
@@ -108,7 +113,7 @@ def tradeoff_table(table: pd.DataFrame, margin: float, accounting: str = "publis
         sides = {"st": runs[runs["lambda"] == 0], "eat": runs_of(runs, setting)}
         for shown in ACCOUNTINGS:
             row = {key: setting[key] for key in (*GROUP, "lambda", "sigma")}
-            row |= {"complete": runs["complete"].all(), "accounting": shown}
+            row |= {"data": _title([setting["dataset"]], runs), "accounting": shown}
             for side, part in sides.items():
                 row[f"{side}_seeds"] = len(part)
                 for quantity, column in (("accuracy", "test_accuracy"), ("ratio", f"test_{shown}_ratio")):
@@ -132,7 +137,7 @@ def readable(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
     return pd.DataFrame(
         [
             {
-                "data set": _title([row["dataset"]], complete=row["complete"]),
+                "data set": row["data"],
                 "network": NAMES.get(row["model"], row["model"]),
                 "accuracy ST": spread(row, "st_accuracy"),
                 "accuracy EAT": spread(row, "eat_accuracy"),
@@ -208,7 +213,7 @@ def tradeoff_figure(table: pd.DataFrame, margin: float, accounting: str = "publi
                 zorder=4,
             )
         axis.set(
-            title=_title(group, complete=runs["complete"].all()),
+            title=_title(group, runs),
             xlabel=f"energy ratio ({accounting})",
             ylabel="test accuracy",
         )
@@ -240,6 +245,8 @@ def firing_figure(results: Sequence[RunResult], chosen: pd.DataFrame, *, label: 
     Args:
         chosen: of `select`: which penalty stands for energy-aware training.
     """
+    import pandas as pd
+
     figure, axes = plt.subplots(len(chosen), 1, figsize=(9, 3.2 * len(chosen)), squeeze=False, layout="constrained")
     for axis, (_, setting) in zip(axes.flat, chosen.iterrows(), strict=True):
         own = [r for r in results if [r.config.dataset, r.config.model] == setting[GROUP].tolist()]
@@ -248,8 +255,7 @@ def firing_figure(results: Sequence[RunResult], chosen: pd.DataFrame, *, label: 
             AWARE: [r for r in own if r.config.lambda_ == setting["lambda"]],
         }
         firing_bars(axis, {side: mean_firing(part) for side, part in sides.items() if part})
-        complete = all(result.data.complete for result in own)
-        axis.set_title(_title(setting[GROUP], complete=complete), loc="left")
+        axis.set_title(_title(setting[GROUP], pd.DataFrame([result.data.model_dump() for result in own])), loc="left")
     if label:
         figure.suptitle(label, fontsize=9, color="0.35")
     return figure

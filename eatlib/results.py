@@ -278,6 +278,8 @@ def _row(result: RunResult) -> dict[str, Any]:
     return row | {
         "hash": result.config_hash,
         "complete": result.data.complete,
+        "source_train": result.data.source_train,
+        "source_test": result.data.source_test,
         "train_images": result.data.train,
         "validation_images": result.data.validation,
         "test_images": result.data.test,

@@ -439,6 +439,29 @@ def test_a_failed_download_says_what_to_do_by_hand(tmp_path, monkeypatch):
             load_data(RunConfig(dataset=name, data_dir=tmp_path, download=True))
 
 
+def test_a_half_unpacked_set_is_downloaded_again_on_request(cifar10, monkeypatch):
+    folder = cifar10 / "cifar-10-batches-py"
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "data_batch_3").write_bytes(whole["data_batch_3"][:100])
+    asked = []
+
+    def fetch(source):
+        asked.append(source.name)
+        for name, content in whole.items():
+            (folder / name).write_bytes(content)
+
+    monkeypatch.setattr("eatlib.data._Cifar10.download", fetch)
+    monkeypatch.setattr(
+        "eatlib.data._Cifar10.is_complete", lambda source, train, test, digest: (train, test) == (50, 10)
+    )
+    with pytest.raises(DataError, match="cannot read it"):
+        load_data(RunConfig(dataset="cifar10", data_dir=cifar10))
+    assert asked == []
+    data = load_data(RunConfig(dataset="cifar10", data_dir=cifar10, download=True))
+    assert asked == ["cifar10"]
+    assert data.info.source_train == 50
+
+
 def test_a_download_is_unpacked_where_it_is_looked_for(gtsrb, tmp_path, monkeypatch):
     """Stands in for the server: torchvision's own unpacking does the rest."""
     served = tmp_path / "served"

@@ -73,8 +73,12 @@ def test_partial_data_are_called_partial(tmp_path, make_result):
     table = found.table()
     assert "PARTIAL" not in found.scale()[0]
     table["complete"] = False
-    assert set(figures.readable(figures.tradeoff_table(table, 0.03))["data set"]) == {"digits (partial data)"}
-    assert figures.tradeoff_figure(table, 0.03).axes[0].get_title() == "digits, ResNet-18 (partial data)"
+    assert set(figures.readable(figures.tradeoff_table(table, 0.03))["data set"]) == {
+        "digits (partial data: 80 + 10 images)"
+    }
+    assert (
+        figures.tradeoff_figure(table, 0.03).axes[0].get_title() == "digits, ResNet-18 (partial data: 80 + 10 images)"
+    )
 
 
 def test_no_setting_within_the_margin_is_said(tmp_path, make_result):
