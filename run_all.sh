@@ -52,7 +52,7 @@ while [ $# -gt 0 ]; do
       [[ ${2-} == *=* ]] || fail "--set needs FIELD=VALUE; see ./run_all.sh --help"
       arguments+=("$1")
       while [[ ${2-} == [a-z]*=* ]]; do arguments+=("$2"); shift; done ;;
-    -*) fail "unknown option $1; see ./run_all.sh --help" ;;
+    -*) fail "unknown option $1; there are: $(usage | sed -n 's/^  \(--[a-z-]*\).*/\1/p' | tr '\n' ' ')--test --setup" ;;
     *)
       [ -z "$study" ] || fail "one study at a time: $study or $1?"
       [ -f "studies/$1.yaml" ] || fail "unknown study '$1'; there are: $(studies)"

@@ -405,7 +405,7 @@ def test_run_all_refuses_before_it_installs_anything(tmp_path, arguments, messag
         (shutil.copytree if source.is_dir() else shutil.copy2)(source, tmp_path / name)
     tools = tmp_path / "bin"
     tools.mkdir()
-    for tool in ("bash", "basename", "dirname", "tr", "cmp", "mktemp", "cat", "env"):
+    for tool in ("bash", "basename", "dirname", "tr", "cmp", "mktemp", "cat", "env", "sed"):
         (tools / tool).symlink_to(shutil.which(tool))
     done = subprocess.run(
         [str(tools / "bash"), str(tmp_path / "run_all.sh"), *arguments],
