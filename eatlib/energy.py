@@ -15,7 +15,9 @@ up to the next layer that multiplies, before it writes. Its assumptions:
 
 - Only convolutions and matrix products multiply. Each reads the non-zeros of its inputs and of its weights
   and biases, and executes a multiplication where both operands are non-zero (effective MACs; a MAC costs one
-  operation of the hardware's, as in the published model, and everything else computes for free).
+  operation of the hardware's, as in the published model, and everything else computes for free). By default
+  their number is each layer's MACs times the two shares of non-zeros, as if zeros lay at random: where whole
+  channels are dead it can be off by 2. `exact_macs` counts them.
 - What lies between two of them is one tensor, whatever views, casts, normalisations, activations, pools and
   concatenations stand between: its non-zeros are written once, by the layer that computed it, and read by
   each consumer. What the network returns is written too; its input is only read.
@@ -458,12 +460,16 @@ class _Pass:
         kind = _kind(call.function)
         if not (call.in_leaf or kind == "move"):
             self.uncounted["published"][_where(call)] = None
+        if kind == "unknown" or call.function.overloadpacket in _NAN_STOPS:
+            self._refuse_nan(call, operands)
         if kind == "product":
             output = self._run(call)
             value = self._multiply(call, output)
         elif kind == "move":
             x, value = operands[0]
             output = self._run(call)
+            if sum(y.numel() for y in _tensors(output)) < x.numel():
+                self._refuse_nan(call, operands)
         else:
             if kind == "element-wise":
                 self._join(call, operands)
@@ -478,6 +484,17 @@ class _Pass:
         if relu is not None:
             self._facts.set("non-zeros", output, relu)
         return output
+
+    def _refuse_nan(self, call: OperatorCall, operands: list[tuple[Tensor, _Value]]) -> None:
+        """Look for NaN before an operator that may hide it; all others pass it on to the model's output."""
+        for x, value in operands:
+            if self._facts.get("numbers", x) is None and _any_nan([x]):
+                source = f"comes out of {value.layers[-1]}" if value.layers else "goes"
+                raise EnergyError(
+                    f"NaN, whose energy means nothing, {source} into {_where(call)}: an activation overflowed, "
+                    "or a weight is NaN"
+                )
+            self._facts.set("numbers", x, True)
 
     def _run(self, call: OperatorCall) -> Any:
         output = call.run()
@@ -624,6 +641,12 @@ _PRODUCTS: dict[Any, Callable[[tuple[Any, ...]], tuple[Tensor, Tensor, Tensor | 
 _RELUS = _operators("relu", "relu_")
 
 _NEW = _operators("new_zeros", "new_empty", "new_ones", "new_full", "zeros_like", "empty_like", "ones_like")
+
+# What of an operand they leave out, or put something else for, may have been NaN.
+_NAN_STOPS = _operators(
+    *("where", "masked_fill", "masked_fill_", "nan_to_num", "nan_to_num_", "fmax", "fmin"),
+    *("isnan", "gt", "ge", "lt", "le"),
+)
 
 _MOVES = _operators("_to_copy", "clone", "_unsafe_view", "_reshape_copy", "as_strided_")
 
@@ -799,8 +822,7 @@ class EnergyMeter:
 
     Raises:
         EnergyError: unknown hardware; a model without parameters, with lazy ones, or compiled. From a forward
-            pass: no batch, an empty one or one without a batch dimension; NaN in what goes into or comes out
-                of the model.
+            pass: no batch, an empty one or one without a batch dimension; NaN.
     """
 
     def __init__(

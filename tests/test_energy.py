@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
@@ -681,6 +682,37 @@ def test_bad_input_is_refused_with_advice() -> None:
         broken[4].weight[0] = float("nan")
     with pytest.raises(EnergyError, match=r"output holds NaN.*NaN is in 4\.weight"):
         measure(broken, x)
+
+
+@pytest.mark.parametrize(
+    ("hide", "operator"),
+    {
+        torch.nan_to_num: "nan_to_num",
+        lambda x: x.nan_to_num_(): "nan_to_num_",
+        lambda x: torch.where(x > 0, x, 0): "gt",
+        lambda x: x.masked_fill(x.isnan(), 0): "isnan|masked_fill",
+        lambda x: x[:, :4]: "slice",
+        lambda x: x[:, [0, 1]]: "index",
+    }.items(),
+)
+def test_nan_that_would_not_reach_the_output_is_found_where_it_vanishes(
+    hide: Callable[[Tensor], Tensor], operator: str
+) -> None:
+    class Hiding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.linear = nn.Conv2d(3, 8, 3), nn.LazyLinear(2)
+            with torch.no_grad():
+                self.conv.bias[7] = float("nan")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(hide(self.conv(x)).flatten(1))
+
+    model, x = Hiding(), images(2, 3, 6, 6)
+    model(x)
+    assert not model(x).isnan().any()
+    with pytest.raises(EnergyError, match=f"NaN, .* comes out of conv into the network itself: ({operator})"):
+        measure(model, x)
 
 
 def test_counts_may_stay_on_the_device_until_the_end_of_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
