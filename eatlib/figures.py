@@ -1,15 +1,9 @@
-"""Tables and figures from the results of a study.
-
-    python -m eatlib.figures README.md
-
-writes the tables of the committed results between the file's `<!-- results:STUDY -->` and `<!-- /results -->`.
-"""
+"""Figures from the results of a study."""
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,27 +12,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eatlib.config import RunConfig
-from eatlib.results import ROOT, Epoch, LayerFiring, RunResult, StudyResults
+from eatlib.results import Epoch, LayerFiring, RunResult
 
 if TYPE_CHECKING:
-    import pandas as pd  # pandas and seaborn are slow imports, which the figures of a single run do without
-
-ACCOUNTINGS = ("published", "fused")
-GROUP = ["dataset", "model"]
-SETTING = ["penalty", "penalty_layers", "penalty_normalization", "sigma", "warmup_epochs", "lambda"]
-NAMES = {
-    "resnet18": "ResNet-18",
-    "vgg16": "VGG-16",
-    "cifar10": "CIFAR-10",
-    "gtsrb": "GTSRB",
-    "celeba": "CelebA",
-    "digits": "digits",
-}
-"""How data sets and networks are written for readers; others are written as they are."""
+    import pandas as pd  # a slow import, as eatlib.tables and seaborn are: the figures of a single run do without
 
 STANDARD, AWARE = "standard training", "energy-aware training"
 COLORS = {STANDARD: "#0072b2", AWARE: "#d55e00"}
 """Two colours that colour-blind readers, and a grey printer, tell apart (Okabe and Ito)."""
+MARKERS = {STANDARD: "s", AWARE: "o"}
 
 
 def use_style() -> None:
@@ -49,162 +31,127 @@ def use_style() -> None:
     plt.rcParams.update({"figure.dpi": 110, "savefig.dpi": 200, "savefig.bbox": "tight"})
 
 
-def _title(group: Sequence[str], runs: pd.DataFrame) -> str:
-    """The data set and network, and how many images there are if it is not the complete data set."""
-    name = ", ".join(NAMES.get(item, item) for item in group)
-    if runs["complete"].all():
-        return name
-    train, test = runs["source_train"].max(), runs["source_test"].max()
-    return f"{name} (partial data: {train:,} + {test:,} images)"
-
-
 def training_name(config: RunConfig) -> str:
     """How a run's training is called in legends."""
     return AWARE if config.lambda_ > 0 else STANDARD
 
 
-def select(table: pd.DataFrame, margin: float, accounting: str = "published") -> pd.DataFrame:
-    """The setting of the penalty that each data set and network gets in the trade-off table.
-
-    Among the settings whose validation accuracy, averaged over seeds, is at most `margin` below standard
-    training's, the one with the lowest validation energy ratio. The test split has no say.
-
-    Args:
-        table: of `StudyResults.table`.
-
-    Returns:
-        One row of `SETTING` per data set and network that has a standard training; NaN where no setting qualifies.
-    """
-    import pandas as pd
-
-    ratio = f"validation_{accounting}_ratio"
-    rows = []
-    for group, runs in table.groupby(GROUP, sort=False):
-        standard = runs[runs["lambda"] == 0]
-        if standard.empty:
-            continue
-        means = runs[runs["lambda"] > 0].groupby(SETTING)[["validation_accuracy", ratio]].mean().reset_index()
-        allowed = means[means["validation_accuracy"] >= standard["validation_accuracy"].mean() - margin]
-        chosen = allowed.loc[allowed[ratio].idxmin(), SETTING].to_dict() if len(allowed) else {}
-        rows.append(dict(zip(GROUP, group, strict=True)) | chosen)
-    return pd.DataFrame(rows, columns=[*GROUP, *SETTING])
+# --- a study --------------------------------------------------------------------------------------------------------
 
 
-def runs_of(table: pd.DataFrame, setting: pd.Series) -> pd.DataFrame:
-    """The runs of `table` with the data set, network and penalty of one row of `select`."""
-    return table[(table[[*GROUP, *SETTING]] == setting[[*GROUP, *SETTING]]).all(axis=1)]
-
-
-def tradeoff_table(table: pd.DataFrame, margin: float, accounting: str = "published") -> pd.DataFrame:
-    """The paper's table 1 from our runs: test accuracy and energy ratio of both trainings, mean and spread.
-
-    Args:
-        accounting: whose validation ratio selects lambda; the test ratios of all accountings are shown.
-
-    Returns:
-        One row per data set, network and accounting. `*_std` is the sample standard deviation over seeds;
-        `energy_decrease` is (ratio_ST - ratio_EAT) / ratio_ST of the means.
-    """
-    import pandas as pd
-
-    rows = []
-    for _, setting in select(table, margin, accounting).iterrows():
-        runs = table[(table[GROUP] == setting[GROUP]).all(axis=1)]
-        sides = {"st": runs[runs["lambda"] == 0], "eat": runs_of(runs, setting)}
-        for shown in ACCOUNTINGS:
-            row = {key: setting[key] for key in (*GROUP, "lambda", "sigma")}
-            row |= {"data": _title([setting["dataset"]], runs), "accounting": shown}
-            for side, part in sides.items():
-                row[f"{side}_seeds"] = len(part)
-                for quantity, column in (("accuracy", "test_accuracy"), ("ratio", f"test_{shown}_ratio")):
-                    row[f"{side}_{quantity}"] = part[column].mean()
-                    row[f"{side}_{quantity}_std"] = part[column].std()
-            row["energy_decrease"] = 1 - row["eat_ratio"] / row["st_ratio"]
-            rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def readable(table: pd.DataFrame, digits: int = 3) -> pd.DataFrame:
-    """`tradeoff_table` as text for people: mean ± spread, names written out."""
-    import pandas as pd
-
-    def spread(row: pd.Series, key: str) -> str:
-        if pd.isna(row[key]):
-            return "none within the margin"
-        std = row[f"{key}_std"]
-        return f"{row[key]:.{digits}f}" + ("" if pd.isna(std) else f" ± {std:.{digits}f}")
-
-    return pd.DataFrame(
-        [
-            {
-                "data set": row["data"],
-                "network": NAMES.get(row["model"], row["model"]),
-                "accuracy ST": spread(row, "st_accuracy"),
-                "accuracy EAT": spread(row, "eat_accuracy"),
-                "accounting": row["accounting"],
-                "energy ratio ST": spread(row, "st_ratio"),
-                "energy ratio EAT": spread(row, "eat_ratio"),
-                "energy decrease": "" if pd.isna(row["energy_decrease"]) else f"{row['energy_decrease']:.1%}",
-                "λ": "" if pd.isna(row["lambda"]) else f"{row['lambda']:g}",
-                "seeds": " and ".join(
-                    f"{count}" for count in dict.fromkeys([row["st_seeds"], row["eat_seeds"]]) if count
-                ),
-            }
-            for _, row in table.iterrows()
-        ]
+def _panels(table: pd.DataFrame, size: tuple[float, float]) -> tuple[Figure, dict[tuple[str, str], Axes]]:
+    """A row a network and a column a data set (one row, if there is one data set); what has no runs says so."""
+    datasets, models = table["dataset"].unique(), table["model"].unique()
+    shape = (len(models), len(datasets)) if len(datasets) > 1 else (1, len(models))
+    figure, axes = plt.subplots(
+        *shape, figsize=(size[0] * shape[1], size[1] * shape[0]), squeeze=False, layout="constrained"
     )
+    places = dict(zip([(dataset, model) for model in models for dataset in datasets], axes.flat, strict=True))
+    present = set(table.groupby(["dataset", "model"]).groups)
+    for group in places.keys() - present:
+        places[group].set_axis_off()
+        places[group].text(0.5, 0.5, f"no runs of {', '.join(group)}", ha="center", transform=places[group].transAxes)
+    return figure, {group: axis for group, axis in places.items() if group in present}
+
+
+def _finish(figure: Figure, axes: Sequence[Axes], label: str) -> Figure:
+    """One legend for all panels, and the study's label on top."""
+    entries = {}
+    for axis in axes:
+        for handle, text in zip(*axis.get_legend_handles_labels(), strict=True):
+            entries.setdefault(text, handle)
+    figure.legend(
+        entries.values(), entries.keys(), loc="outside lower center", ncols=min(4, len(entries)), frameon=False
+    )
+    if label:
+        figure.suptitle(label, fontsize=9, color="0.35", wrap=True)
+    return figure
+
+
+def pareto_front(points: pd.DataFrame, ratio: str, accuracy: str) -> pd.DataFrame:
+    """The points that no other one beats in both energy ratio (lower) and accuracy (higher), in order of the ratio."""
+    ordered = points.sort_values([ratio, accuracy], ascending=[True, False])
+    return ordered[ordered[accuracy] > ordered[accuracy].cummax().shift(fill_value=float("-inf"))]
+
+
+@cache
+def silent_ratio(model: str, classes: int, image_size: int, width: float, batch_size: int, hardware: str) -> float:
+    """The `published` energy ratio of one of the paper's networks if no ReLU ever fired: the floor of that accounting.
+
+    Convolution and batch-norm outputs are taken as dense. A network that lost whole layers can be below.
+    """
+    import torch
+
+    from eatlib.energy import energy_report, find_hardware
+    from eatlib.models import build_model
+
+    images = 2
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        size = {"classes": classes, "image_size": image_size, "width": width}
+        network = build_model(model, **size, mean=(0.5,) * 3, std=(0.25,) * 3)
+        rows = energy_report(network, [torch.rand(images, 3, image_size, image_size)]).layers
+    reads = rows["kind"].eq("BatchNorm2d") | (rows.index == rows["kind"].eq("Conv2d").idxmax())
+    writes = rows["kind"].isin(["Conv2d", "BatchNorm2d", "Linear"])
+    sums = {column: rows[column].sum() * batch_size // images for column in ("inputs", "outputs", "operations")}
+    left = (rows["inputs"][reads].sum() + rows["outputs"][writes].sum()) * batch_size // images
+    parameters, nonzero = rows["parameters"].sum(), rows["nonzero_parameters"].sum()
+    share = rows["inputs"][reads].sum() / rows["inputs"].sum() * nonzero / parameters  # of operations, as published
+    prices = find_hardware(hardware)
+    with_skipping = prices.memory_pj * (left + nonzero) + prices.operation_pj * sums["operations"] * share
+    accesses = sums["inputs"] + sums["outputs"] + parameters
+    return with_skipping / (prices.memory_pj * accesses + prices.operation_pj * sums["operations"])
 
 
 def tradeoff_figure(table: pd.DataFrame, margin: float, accounting: str = "published", *, label: str = "") -> Figure:
     """Test accuracy against energy ratio, one panel per data set and network.
 
-    Small points are single runs, large ones means over seeds, joined in the order of lambda; the shaded band is
-    the accuracy within `margin` of standard training.
+    Small points are single runs, large ones means over seeds of one setting; the line is the Pareto front of the means;
+    the shaded band is the accuracy within `margin` of standard training. Runs that collapsed to chance are crosses.
+    For the paper's networks and data sets, its two points and the floor of the `published` accounting are drawn too.
     """
-    ratio = f"test_{accounting}_ratio"
-    groups = list(table.groupby(GROUP, sort=False))
-    columns = min(len(groups), 3)
-    rows = -(-len(groups) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.6 * rows), squeeze=False, layout="constrained")
-    chosen = select(table, margin, accounting)
-    for axis, (group, runs) in zip(axes.flat, groups, strict=False):
+    from eatlib import tables
+
+    ratio, accuracy = f"test_{accounting}_ratio", "test_accuracy"
+    figure, axes = _panels(table, (4.4, 3.6))
+    chosen = tables.select(table, margin, accounting)
+    for group, axis in axes.items():
+        runs = table[(table[tables.GROUP] == list(group)).all(axis=1)]
         standard = runs[runs["lambda"] == 0]
-        means = runs.groupby("lambda")[[ratio, "test_accuracy"]].mean()
         if len(standard):
-            top = standard["test_accuracy"].mean()
-            axis.axhspan(top - margin, top, color="0.9", zorder=0)
-        axis.plot(means[ratio], means["test_accuracy"], color="0.5", linewidth=1, zorder=1)
+            top = standard[accuracy].mean()
+            axis.axhspan(top - margin, top, color="0.9", zorder=0, label=f"at most {100 * margin:g} points below")
+        means = runs.groupby(tables.SETTING)[[ratio, accuracy]].mean()
+        front = pareto_front(means, ratio, accuracy)
+        axis.plot(front[ratio], front[accuracy], color="0.4", linewidth=1.2, zorder=1, label="Pareto front")
         for side, part in ((STANDARD, standard), (AWARE, runs[runs["lambda"] > 0])):
-            axis.scatter(part[ratio], part["test_accuracy"], s=10, color=COLORS[side], alpha=0.6, zorder=2)
-            center = means.loc[part["lambda"].unique()]
-            marker = "s" if side == STANDARD else "o"
+            for collapsed, marker, size in ((False, MARKERS[side], 10), (True, "x", 28)):
+                some = part[part["collapsed"] == collapsed]
+                axis.scatter(
+                    some[ratio],
+                    some[accuracy],
+                    s=size,
+                    color=COLORS[side],
+                    marker=marker,
+                    alpha=0.6,
+                    zorder=2,
+                    label="collapsed to chance" if collapsed and len(some) else None,
+                )
+            center = part.groupby(tables.SETTING)[[ratio, accuracy]].mean()
             axis.scatter(
                 center[ratio],
-                center["test_accuracy"],
+                center[accuracy],
                 s=42,
                 color=COLORS[side],
-                marker=marker,
-                label=side if side == STANDARD else f"{side}, at the λ below",
+                marker=MARKERS[side],
+                label=side if side == STANDARD else f"{side}, λ beside",
                 edgecolor="white",
                 zorder=3,
             )
-        for value, point in means.iterrows():
-            if value > 0:
-                axis.annotate(
-                    f"{value:g}",
-                    (point[ratio], point["test_accuracy"]),
-                    textcoords="offset points",
-                    xytext=(0, -13),
-                    ha="center",
-                    fontsize=8,
-                    color="0.3",
-                )
-        picked = chosen[(chosen[GROUP] == list(group)).all(axis=1)]["lambda"]
-        for value in picked.dropna():
-            point = means.loc[value]
+        picked = chosen[(chosen[tables.GROUP] == list(group)).all(axis=1)][tables.SETTING].dropna()
+        for setting in picked.itertuples(index=False, name=None):
             axis.scatter(
-                point[ratio],
-                point["test_accuracy"],
+                *means.loc[setting][[ratio, accuracy]],
                 s=130,
                 facecolor="none",
                 edgecolor="black",
@@ -212,19 +159,93 @@ def tradeoff_figure(table: pd.DataFrame, margin: float, accounting: str = "publi
                 label="selected on validation",
                 zorder=4,
             )
+        # With many settings, as in an ablation, only those that somebody would choose are named.
+        sigmas = runs[runs["lambda"] > 0]["sigma"].unique()
+        named = means if len(means) <= 8 else means.loc[[*front.index, *picked.itertuples(index=False, name=None)]]
+        for setting, point in named.drop_duplicates().iterrows():
+            value = dict(zip(tables.SETTING, setting, strict=True))
+            if value["lambda"] > 0:
+                sigma = f", σ {value['sigma']:g}" if len(sigmas) > 1 else ""
+                axis.annotate(
+                    f"{value['lambda']:g}{sigma}",
+                    (point[ratio], point[accuracy]),
+                    textcoords="offset points",
+                    xytext=(6, -9),
+                    fontsize=8,
+                    color="0.3",
+                )
+        _draw_references(axis, group, runs, accounting)
         axis.set(
-            title=_title(group, runs),
+            title=tables.title_of(group, runs),
             xlabel=f"energy ratio ({accounting})",
             ylabel="test accuracy",
         )
         axis.margins(0.12)
-    for axis in axes.flat[len(groups) :]:
-        axis.set_axis_off()
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    if label:
-        figure.suptitle(label, fontsize=9, color="0.35")
-    return figure
+    return _finish(figure, list(axes.values()), label)
+
+
+def _draw_references(axis: Axes, group: tuple[str, str], runs: pd.DataFrame, accounting: str) -> None:
+    """The paper's points and the floor, where there are any."""
+    from eatlib.tables import PAPER
+
+    if accounting != "published":
+        return
+    if group in PAPER:
+        paper = PAPER[group]
+        axis.plot(
+            [paper.st_ratio, paper.eat_ratio],
+            [paper.st_accuracy, paper.eat_accuracy],
+            color="0.2",
+            linestyle=":",
+            linewidth=1,
+            marker="*",
+            markersize=9,
+            markerfacecolor="white",
+            label="the paper: ST (right) and EAT",
+            zorder=2,
+        )
+    if group[1] in ("resnet18", "vgg16"):
+        first = runs.iloc[0]
+        keys = ("model", "classes", "image_size", "width", "energy_batch_size", "hardware")
+        floor = silent_ratio(*(first[key].item() if hasattr(first[key], "item") else first[key] for key in keys))
+        axis.axvline(floor, color="0.5", linestyle="--", linewidth=1, label="no ReLU fires", zorder=0)
+
+
+def ablation_figure(table: pd.DataFrame, accounting: str = "published", *, label: str = "") -> Figure | None:
+    """The paper's figure 3: test accuracy and energy ratio over lambda, a line a sigma, mean over seeds.
+
+    Returns:
+        None if no data set and network has runs of several sigmas; a row for each that has.
+    """
+    import seaborn as sns
+
+    from eatlib import tables
+
+    penalised = table[table["lambda"] > 0]
+    sigmas = penalised.groupby(tables.GROUP, sort=False)["sigma"].nunique()
+    groups = list(sigmas[sigmas > 1].index)
+    if not groups:
+        return None
+    columns = (("test_accuracy", "test accuracy"), (f"test_{accounting}_ratio", f"energy ratio ({accounting})"))
+    figure, axes = plt.subplots(len(groups), 2, figsize=(9, 3.2 * len(groups)), squeeze=False, layout="constrained")
+    for row, group in zip(axes, groups, strict=True):
+        runs = table[(table[tables.GROUP] == list(group)).all(axis=1)]
+        values = sorted(runs[runs["lambda"] > 0]["sigma"].unique())
+        shades = sns.color_palette("viridis", len(values) + 1)
+        for axis, (column, name) in zip(row, columns, strict=True):
+            for value, shade, marker in zip(values, shades, "osD^vP*X", strict=False):
+                line = runs[(runs["sigma"] == value) & (runs["lambda"] > 0)].groupby("lambda")[column].mean()
+                axis.plot(line.index, line, color=shade, marker=marker, markersize=5, label=f"σ = {value:g}")
+            standard = runs[runs["lambda"] == 0][column].mean()
+            axis.axhline(standard, color=COLORS[STANDARD], linestyle="--", linewidth=1, label=STANDARD)
+            axis.set(xscale="log", xlabel="λ", ylabel=name, title=tables.title_of(group, runs))
+            ticks = sorted(runs[runs["lambda"] > 0]["lambda"].unique())
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.minorticks_off()
+    return _finish(figure, list(axes.flat), label)
+
+
+# --- firing ---------------------------------------------------------------------------------------------------------
 
 
 def firing_bars(axis: Axes, sides: dict[str, list[LayerFiring]]) -> None:
@@ -239,35 +260,62 @@ def firing_bars(axis: Axes, sides: dict[str, list[LayerFiring]]) -> None:
     axis.legend(frameon=False, loc="lower right", ncols=2, bbox_to_anchor=(1, 1))
 
 
-def firing_figure(results: Sequence[RunResult], chosen: pd.DataFrame, *, label: str = "") -> Figure:
-    """The paper's figures 1 and 2: firing share per layer that can be zero, averaged over seeds.
+def firing_figure(results: Sequence[RunResult], chosen: pd.DataFrame, model: str, *, label: str = "") -> Figure:
+    """The paper's figures 1 and 2: firing share of each layer of one network, a panel a data set, mean over seeds.
+
+    Layers are in the order of the network, grouped by kind.
 
     Args:
-        chosen: of `select`: which penalty stands for energy-aware training.
+        chosen: of `eatlib.tables.select`: which penalty stands for energy-aware training.
     """
     import pandas as pd
 
-    figure, axes = plt.subplots(len(chosen), 1, figsize=(9, 3.2 * len(chosen)), squeeze=False, layout="constrained")
+    from eatlib import tables
+
+    chosen = chosen[chosen["model"] == model]
+    figure, axes = plt.subplots(len(chosen), 1, figsize=(11, 2.9 * len(chosen)), squeeze=False, layout="constrained")
     for axis, (_, setting) in zip(axes.flat, chosen.iterrows(), strict=True):
-        own = [r for r in results if [r.config.dataset, r.config.model] == setting[GROUP].tolist()]
+        own = [r for r in results if [r.config.dataset, r.config.model] == setting[tables.GROUP].tolist()]
+        values = setting[tables.SETTING].tolist()
         sides = {
             STANDARD: [r for r in own if r.config.lambda_ == 0],
-            AWARE: [r for r in own if r.config.lambda_ == setting["lambda"]],
+            AWARE: [r for r in own if tables.setting_of(r.config) == values],
         }
-        firing_bars(axis, {side: mean_firing(part) for side, part in sides.items() if part})
-        axis.set_title(_title(setting[GROUP], pd.DataFrame([result.data.model_dump() for result in own])), loc="left")
+        shares = {side: by_kind(mean_firing(part)) for side, part in sides.items() if part}
+        firing_bars(axis, shares)
+        layers = next(iter(shares.values()))
+        starts = [i for i, layer in enumerate(layers) if i == 0 or layer.kind != layers[i - 1].kind]
+        for start, end in zip(starts, [*starts[1:], len(layers)], strict=True):
+            if start:
+                axis.axvline(start - 0.5, color="0.5", linewidth=0.8)
+            if end - start > 2:
+                axis.text((start + end - 1) / 2, 1.02, layers[start].kind, ha="center", fontsize=8, color="0.3")
+        axis.set_xlim(-0.6, len(layers) - 0.4)
+        runs = pd.DataFrame([result.data.model_dump() for result in own])
+        lambda_ = "" if pd.isna(setting["lambda"]) else f", λ = {setting['lambda']:g}, σ = {setting['sigma']:g}"
+        axis.set_title(tables.title_of(setting[tables.GROUP], runs) + lambda_, loc="left", pad=14)
     if label:
-        figure.suptitle(label, fontsize=9, color="0.35")
+        figure.suptitle(label, fontsize=9, color="0.35", wrap=True)
     return figure
 
 
 def mean_firing(results: Sequence[RunResult]) -> list[LayerFiring]:
-    """Firing share on the test split of each ReLU and max-pool, averaged over runs of one network."""
-    kept = [[layer for layer in r.test.firing if layer.kind in ("ReLU", "ReLU6", "MaxPool2d")] for r in results]
+    """Firing share on the test split of each layer call, averaged over runs of one network."""
     return [
         LayerFiring(name=same[0].name, kind=same[0].kind, firing=sum(layer.firing for layer in same) / len(same))
-        for same in zip(*kept, strict=True)
+        for same in zip(*(result.test.firing for result in results), strict=True)
     ]
+
+
+def by_kind(layers: Sequence[LayerFiring]) -> list[LayerFiring]:
+    """The layers grouped by kind: the kinds in the order in which they first appear, as do the layers in each."""
+    kinds = list(dict.fromkeys(layer.kind for layer in layers))
+    return sorted(layers, key=lambda layer: kinds.index(layer.kind))
+
+
+def sparse(layers: Sequence[LayerFiring]) -> list[LayerFiring]:
+    """Those that can be exactly zero: ReLUs, and the pools after them."""
+    return [layer for layer in layers if layer.kind in ("ReLU", "ReLU6", "MaxPool2d")]
 
 
 def curves_figure(history: Sequence[Epoch]) -> Figure:
@@ -292,31 +340,3 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
         # The date would make each rendering of the same results another file.
         figure.savefig(path, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
     return paths
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """A table of text as Markdown."""
-    rows = [table.columns, ["---"] * len(table.columns), *table.itertuples(index=False)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def fill_in(text: str, reference: Path = ROOT / "results" / "reference") -> str:
-    """`text` with the table and picture of each study that it marks, from the committed results."""
-
-    def section(match: re.Match[str]) -> str:
-        name = match[1]
-        found = StudyResults.load(reference / name)
-        summary = readable(tradeoff_table(found.table(), found.study.margin))
-        picture = f"results/reference/{name}/tradeoff.png"
-        return (
-            f"<!-- results:{name} -->\n**{found.study.label}**\n\n{markdown(summary)}\n\n"
-            f"![Test accuracy against energy ratio, study {name}]({picture})\n<!-- /results -->"
-        )
-
-    return re.sub(r"<!-- results:([\w.-]+) -->.*?<!-- /results -->", section, text, flags=re.DOTALL)
-
-
-if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        path = Path(argument)
-        path.write_text(fill_in(path.read_text()))

@@ -259,15 +259,24 @@ class StudyResults:
         return f"MIXED: the runs were made by different versions of the code: {parts}."
 
     def table(self) -> "pd.DataFrame":
-        """One row a run: the configuration's fields, and accuracies and energies as `<split>_<quantity>`."""
+        """One row a run: the configuration's fields, and accuracies and energies as `<split>_<quantity>`.
+
+        `test_relu_firing` is the mean over ReLUs of their firing share; `collapsed`: macro accuracy at most 5 % of the
+        way from chance to perfect.
+        """
         import pandas as pd  # a slow import that a training run does without
 
         return pd.DataFrame([_row(result) for result in self.results])
 
 
+def table_values(config: RunConfig) -> dict[str, Any]:
+    """The fields of a configuration that say what is computed, as values that rows can be grouped by."""
+    values = {key: value for key, value in config.to_dict().items() if key not in EXECUTION_FIELDS}
+    return values | {"penalty_layers": str(values["penalty_layers"])}
+
+
 def _row(result: RunResult) -> dict[str, Any]:
-    row = {key: value for key, value in result.config.to_dict().items() if key not in EXECUTION_FIELDS}
-    row["penalty_layers"] = str(row["penalty_layers"])  # a list of patterns could not be grouped by
+    row = table_values(result.config)
     for split in ("validation", "test"):
         evaluation: Evaluation = getattr(result, split)
         row[f"{split}_accuracy"] = evaluation.accuracy
@@ -275,8 +284,15 @@ def _row(result: RunResult) -> dict[str, Any]:
         for accounting, totals in evaluation.energy.items():
             row[f"{split}_{accounting}_ratio"] = totals.ratio
             row[f"{split}_{accounting}_joules"] = totals.joules_per_image
+    classes = len(result.data.classes)
+    chance = 1 / classes
+    relus = [layer.firing for layer in result.test.firing if layer.kind in ("ReLU", "ReLU6")]
     return row | {
         "hash": result.config_hash,
+        "classes": classes,
+        # Whatever the shares of the classes are: one that is always predicted gives exactly chance.
+        "collapsed": result.test.macro_accuracy <= chance + 0.05 * (1 - chance),
+        "test_relu_firing": sum(relus) / len(relus) if relus else None,
         "complete": result.data.complete,
         "source_train": result.data.source_train,
         "source_test": result.data.source_test,

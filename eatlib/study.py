@@ -652,7 +652,7 @@ def _show_results(study: Study, results: Path) -> int:
     """Draw the figures, print the table and where everything is; 1 if the figures could not be drawn."""
     from filelock import FileLock
 
-    from eatlib import figures
+    from eatlib import tables
     from eatlib.results import StudyResults
 
     folder = results / study.name
@@ -663,8 +663,11 @@ def _show_results(study: Study, results: Path) -> int:
     if not any(result.config.lambda_ == 0 for result in found.results):
         print("no standard training (lambda 0) has a result: nothing to compare with")
         return 0
-    summary = figures.tradeoff_table(found.table(), margin=study.margin)
-    print(f"{figures.readable(summary).to_string(index=False)}\n\n{found.code()}")
+    summary = tables.tradeoff_table(found.table(), margin=study.margin)
+    print(f"{tables.readable(summary).to_string(index=False)}\n")
+    if len(beside := tables.paper_table(summary)):
+        print(f"The paper's table 1 beside ours:\n{beside.to_string(index=False)}\n")
+    print(found.code())
     if found.missing:
         print(f"{len(found.missing)} runs are missing")
     if stale := sum(code_changed(result) is True for result in found.results):

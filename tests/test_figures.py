@@ -6,7 +6,7 @@ import matplotlib as mpl
 import pandas as pd
 import pytest
 
-from eatlib import figures
+from eatlib import figures, tables
 from eatlib.config import Study
 from eatlib.results import ROOT, StudyResults
 
@@ -34,22 +34,29 @@ RUNS = {
 
 def test_the_lowest_energy_within_the_margin_is_selected(tmp_path, make_result):
     table = table_of(tmp_path, make_result, RUNS).table()
-    assert figures.select(table, 0.03)["lambda"].tolist() == [2]
-    assert figures.select(table, 0.02)["lambda"].tolist() == [1]
-    assert figures.select(table, 0.10)["lambda"].tolist() == [5]
+    assert tables.select(table, 0.03)["lambda"].tolist() == [2]
+    assert tables.select(table, 0.02)["lambda"].tolist() == [1]
+    assert tables.select(table, 0.10)["lambda"].tolist() == [5]
+
+
+def test_a_setting_with_fewer_seeds_than_others_is_not_selected(tmp_path, make_result):
+    table = table_of(tmp_path, make_result, RUNS).table()
+    lucky = table[(table["lambda"] == 2) & (table["seed"] == 0)].assign(sigma=1e-2, validation_published_ratio=0.1)
+    assert tables.select(pd.concat([table, lucky]), 0.03)["sigma"].tolist() == [1e-4]
+    assert tables.select(table[table["seed"] == 0], 0.03)["lambda"].tolist() == [2]
 
 
 def test_selection_looks_at_validation_and_the_table_at_test(tmp_path, make_result):
     table = table_of(tmp_path, make_result, RUNS).table()
     table["test_accuracy"] = table["test_accuracy"] - 0.5
     table.loc[table["lambda"] == 1, "test_published_ratio"] = 0.1
-    row = figures.tradeoff_table(table, 0.03).iloc[0]
+    row = tables.tradeoff_table(table, 0.03).iloc[0]
     assert row["lambda"] == 2
     assert row["eat_accuracy"] == pytest.approx(0.385)
 
 
 def test_table_means_spread_and_decrease_by_hand(tmp_path, make_result):
-    row = figures.tradeoff_table(table_of(tmp_path, make_result, RUNS).table(), 0.03).iloc[0]
+    row = tables.tradeoff_table(table_of(tmp_path, make_result, RUNS).table(), 0.03).iloc[0]
     assert row["st_accuracy"] == pytest.approx(0.91)
     assert row["st_accuracy_std"] == pytest.approx(0.02 / 2**0.5)
     assert row["st_ratio"] == pytest.approx(0.79)
@@ -62,7 +69,7 @@ def test_both_accountings_stand_side_by_side_and_the_first_selects(tmp_path, mak
     table = table_of(tmp_path, make_result, RUNS).table()
     table["test_fused_ratio"] = table["test_published_ratio"] / 2
     table["validation_fused_ratio"] = 1 - table["validation_published_ratio"]
-    published, fused = (row for _, row in figures.tradeoff_table(table, 0.03).iterrows())
+    published, fused = (row for _, row in tables.tradeoff_table(table, 0.03).iterrows())
     assert (published["accounting"], fused["accounting"]) == ("published", "fused")
     assert published["lambda"] == fused["lambda"] == 2
     assert fused["eat_ratio"] == pytest.approx(published["eat_ratio"] / 2)
@@ -73,7 +80,7 @@ def test_partial_data_are_called_partial(tmp_path, make_result):
     table = found.table()
     assert "PARTIAL" not in found.scale()[0]
     table["complete"] = False
-    assert set(figures.readable(figures.tradeoff_table(table, 0.03))["data set"]) == {
+    assert set(tables.readable(tables.tradeoff_table(table, 0.03))["data set"]) == {
         "digits (partial data: 80 + 10 images)"
     }
     assert (
@@ -83,26 +90,91 @@ def test_partial_data_are_called_partial(tmp_path, make_result):
 
 def test_no_setting_within_the_margin_is_said(tmp_path, make_result):
     table = table_of(tmp_path, make_result, {0: RUNS[0], 5: RUNS[5]}).table()
-    summary = figures.tradeoff_table(table, 0.03)
+    summary = tables.tradeoff_table(table, 0.03)
     assert pd.isna(summary["energy_decrease"]).all()
-    assert set(figures.readable(summary)["accuracy EAT"]) == {"none within the margin"}
+    assert set(tables.readable(summary)["accuracy EAT"]) == {"none within the margin"}
+
+
+def test_the_decreases_spread_is_over_seeds_that_both_trainings_have(tmp_path, make_result):
+    found = table_of(tmp_path, make_result, RUNS)
+    row = tables.tradeoff_table(found.table(), 0.03).iloc[0]
+    by_seed = [1 - 0.60 / 0.80, 1 - 0.62 / 0.78]
+    assert row["energy_decrease_std"] == pytest.approx((by_seed[0] - by_seed[1]) / 2**0.5)
+
+
+def test_our_numbers_stand_beside_the_papers(tmp_path, make_result):
+    table = table_of(tmp_path, make_result, RUNS).table()
+    assert tables.paper_table(tables.tradeoff_table(table, 0.03)).empty, "the paper has no digits"
+    table["dataset"] = "cifar10"
+    accuracy, ratio, decrease = tables.paper_table(tables.tradeoff_table(table, 0.03)).to_dict("records")
+    assert (accuracy["ST"], accuracy["ST paper"], accuracy["ST difference"]) == ("0.910 ± 0.014", "0.92", "-0.01")
+    assert (ratio["EAT"], ratio["EAT paper"], ratio["EAT difference"]) == ("0.610 ± 0.014", "0.61", "+0.00")
+    assert (decrease["EAT paper"], decrease["EAT difference"]) == ("16.4%", "+6.4 points")
+    assert (decrease["λ"], decrease["σ"]) == ("2", "0.0001")
+
+
+def test_the_papers_decreases_follow_from_its_ratios():
+    for paper in tables.PAPER.values():
+        assert 1 - paper.eat_ratio / paper.st_ratio == pytest.approx(paper.energy_decrease, abs=2e-4)
+
+
+def test_all_settings_are_listed_and_collapsed_runs_counted(tmp_path, make_result):
+    table = table_of(tmp_path, make_result, RUNS | {10: [(0.5, 0.4), (0.9, 0.4)]}).table()
+    shown = tables.settings_table(table)
+    assert shown["λ"].tolist() == ["", "1", "2", "5", "10"]
+    assert shown["collapsed"].tolist() == ["0 of 2"] * 4 + ["1 of 2"]
+    assert shown["ReLU firing"].tolist()[:2] == ["100%", "90%"]
+    assert tables.varying(shown).columns.tolist()[:3] == ["data set", "network", "penalty"]
+    assert "σ" not in tables.varying(shown)
+
+
+def test_the_pareto_front_has_what_no_other_point_beats():
+    points = pd.DataFrame({"ratio": [0.5, 0.5, 0.6, 0.7, 0.8], "accuracy": [0.6, 0.7, 0.7, 0.9, 0.8]})
+    assert figures.pareto_front(points, "ratio", "accuracy").index.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(("network", "floor"), [("resnet18", 0.471), ("vgg16", 0.448)])
+def test_the_floor_of_the_published_accounting(network, floor):
+    """PAPER.md's values, for batches of 512."""
+    ratio = figures.silent_ratio(network, 10, 32, 1.0, 512, "horowitz-45nm-float32")
+    assert ratio == pytest.approx(floor, abs=1e-3)
+
+
+def test_layers_are_grouped_by_kind_in_the_order_of_the_network(make_result):
+    layer = make_result().test.firing[0]
+    kinds = ["Conv2d", "ReLU", "Conv2d", "Linear", "ReLU"]
+    layers = [layer.model_copy(update={"name": str(place), "kind": kind}) for place, kind in enumerate(kinds)]
+    assert [one.name for one in figures.by_kind(layers)] == ["0", "2", "1", "4", "3"]
+
+
+def test_the_ablation_has_a_line_a_sigma_and_is_not_drawn_for_one(tmp_path, make_result):
+    table = table_of(tmp_path, make_result, RUNS).table()
+    assert figures.ablation_figure(table) is None
+    other = table[table["lambda"] > 0].assign(sigma=1e-2, test_accuracy=0.5)
+    figure = figures.ablation_figure(pd.concat([table, other]), label="a label")
+    accuracy, ratio = figure.axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in accuracy.get_lines()}
+    assert lines["σ = 0.0001"] == pytest.approx([0.91, 0.885, 0.85])
+    assert lines["σ = 0.01"] == [0.5] * 3
+    assert ratio.get_ylabel() == "energy ratio (published)"
 
 
 @pytest.mark.parametrize("kept", [[0, 1, 2, 5], [0], [0, 5]])
 def test_figures_are_drawn_from_whatever_there_is(tmp_path, make_result, kept):
     found = table_of(tmp_path, make_result, {value: RUNS[value] for value in kept})
     table = found.table()
+    table["collapsed"] = table["lambda"] == 5
     tradeoff = figures.tradeoff_figure(table, 0.03, label="a label")
-    firing = figures.firing_figure(found.results, figures.select(table, 0.03))
+    firing = figures.firing_figure(found.results, tables.select(table, 0.03), "resnet18")
     assert tradeoff.axes[0].get_xlabel() == "energy ratio (published)"
     paths = figures.save(tradeoff, tmp_path, "tradeoff") + figures.save(firing, tmp_path, "firing")
     assert all(path.stat().st_size > 1000 for path in paths)
 
 
 def test_the_readme_shows_the_committed_results():
-    """If not: python -m eatlib.figures README.md"""
+    """If not: python -m eatlib.tables README.md"""
     text = (ROOT / "README.md").read_text()
     assert "<!-- results:quick -->" in text
-    assert figures.fill_in(text) == text
+    assert tables.fill_in(text) == text
     for picture in re.findall(r"\]\((results/\S+)\)", text):
         assert (ROOT / picture).is_file()
