@@ -9,6 +9,7 @@ and `work/` what a run needs while it is not done: its lock, log, checkpoint and
 """
 
 import argparse
+import ast
 import json
 import os
 import re
@@ -436,13 +437,12 @@ def _set_aside(job: Job, *, force: bool) -> None:
 
 def _check_parameters(job: Job) -> None:
     """papermill only warns about a parameter that the notebook lacks, so look before anything starts."""
-    import nbformat
-
-    notebook = nbformat.read(TRAIN_NOTEBOOK, as_version=4)
-    cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    notebook = json.loads(TRAIN_NOTEBOOK.read_text(encoding="utf-8"))  # to import nbformat takes a second
+    cells = [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]
     if len(cells) != 1:
         raise StudyError(f"{TRAIN_NOTEBOOK} must have exactly one cell tagged 'parameters', not {len(cells)}")
-    known = {line.split(":")[0].split("=")[0].strip() for line in cells[0].source.splitlines() if "=" in line}
+    names = [node for node in ast.walk(ast.parse("".join(cells[0]["source"]))) if isinstance(node, ast.Name)]
+    known = {node.id for node in names if isinstance(node.ctx, ast.Store)}
     missing = sorted(job.parameters().keys() - known)
     if missing:
         raise StudyError(f"{TRAIN_NOTEBOOK} has no parameter {', '.join(missing)}")

@@ -374,14 +374,15 @@ def test_failed_runs_and_missing_standard_training_end_in_1_and_a_sentence(tmp_p
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_a_notebook_without_a_parameter_is_refused_before_anything_starts(tmp_path, monkeypatch):
+@pytest.mark.parametrize("instead", ["sigmoid: float = 1", "other = dict(\n    sigma = 1,\n)", "# sigma = 1"])
+def test_a_notebook_without_a_parameter_is_refused_before_anything_starts(tmp_path, monkeypatch, instead):
     import nbformat
 
     from eatlib.study import StudyError
 
     notebook = nbformat.read(TRAIN_NOTEBOOK, as_version=4)
     for cell in notebook.cells:
-        cell.source = cell.source.replace("sigma: float", "sigmoid: float")
+        cell.source = re.sub("(?m)^sigma: .*", instead, cell.source)
     changed = tmp_path / "changed.ipynb"
     nbformat.write(notebook, changed)
     monkeypatch.setattr("eatlib.study.TRAIN_NOTEBOOK", changed)
