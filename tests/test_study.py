@@ -141,14 +141,35 @@ def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path, make_result):
     assert not job.notebook.exists(), "nothing was executed"
 
 
-def test_two_runners_share_a_study(tmp_path):
-    arguments = [sys.executable, "-m", "eatlib.study", "run", "smoke", "--workers", "1", "--results", str(tmp_path)]
-    runners = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+COUNT_EXECUTIONS = """
+import re
+from pathlib import Path
+
+def note(cell, runs=Path(__file__).with_name("executions")):
+    if run := re.search("(?m)^result_path = .*/(.+)/result.json", cell.raw_cell):
+        with runs.open("a") as file:
+            file.write(run[1] + "\\n")
+
+get_ipython().events.register("pre_run_cell", note)
+"""
+"""Run by each kernel as it starts: notes down the runs whose parameters it is given."""
+
+
+def test_two_runners_execute_each_run_once(tmp_path):
+    startup = tmp_path / "ipython" / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    (startup / "count.py").write_text(COUNT_EXECUTIONS)
+    results = tmp_path / "results"
+    arguments = [sys.executable, "-m", "eatlib.study", "run", "smoke", "--workers", "1", "--results", str(results)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(startup.parents[1])}
+    runners = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
     outputs = [runner.communicate()[0] for runner in runners]
     assert [runner.returncode for runner in runners] == [0, 0], outputs
-    found = StudyResults.load(tmp_path / "smoke")
-    assert len(found.results) == 2
+    found = StudyResults.load(results / "smoke")
     assert not found.problems
+    executed = (startup / "executions").read_text().split()
+    assert sorted(executed) == sorted(result.config.name for result in found.results)
+    assert len(executed) == 2
 
 
 def test_interrupting_a_study_keeps_what_is_finished_and_leaves_no_process(tmp_path):
