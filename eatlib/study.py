@@ -22,7 +22,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,6 +42,19 @@ TRAINING_CODE = [
     f"eatlib/{module}.py" for module in ("config", "data", "models", "activations", "penalties", "energy", "training")
 ]
 """What decides the numbers in a result; when it changes, older results are stale."""
+
+DATA_FIELDS = {
+    "dataset",
+    "image_size",
+    "train_samples",
+    "test_samples",
+    "validation_share",
+    "split_seed",
+    "allow_partial",
+    "data_dir",
+    "download",
+}
+"""Fields of a configuration that say which images its run sees, and where they are."""
 
 MEMORY_PER_RUN = 2 << 30
 """Bytes of memory that the default number of workers allows each run."""
@@ -328,11 +341,17 @@ def run_study(
 
     Returns:
         One outcome for each run that was attempted.
-    """
-    from dask.distributed import Client, LocalCluster, as_completed
 
+    Raises:
+        StudyError: nothing was started: data are missing, the results folder cannot be written to, ...
+    """
     results = results.resolve()
     folder = results / study.name
+    todo = [job for job in jobs(study, results) if force or job.load() is None]
+    if todo:
+        _check_parameters(todo[0])
+        if scheduler is None:  # the workers of a cluster may have other data
+            _check_data(todo)
     try:
         (folder / "work").mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "study.yaml", study.to_yaml())
@@ -341,10 +360,10 @@ def run_study(
                 old.unlink(missing_ok=True)
     except OSError as error:
         raise StudyError(f"cannot write to the results folder {folder}: {error.strerror}") from None
-    todo = [job for job in jobs(study, results) if force or job.load() is None]
     if not todo:
         return []
-    _check_parameters(todo[0])
+
+    from dask.distributed import Client, LocalCluster, as_completed
 
     if scheduler is None:
         count = workers or _default_workers(todo)
@@ -446,6 +465,39 @@ def _check_parameters(job: Job) -> None:
     missing = sorted(job.parameters().keys() - known)
     if missing:
         raise StudyError(f"{TRAIN_NOTEBOOK} has no parameter {', '.join(missing)}")
+
+
+def _check_data(todo: list[Job]) -> None:
+    """Have the data sets of these runs loaded once, so that no run has to fail, fetch or decode by itself.
+
+    In a process of its own, as that takes PyTorch; its messages come by its output, progress and warnings directly.
+    """
+    needed = {job.config.model_dump_json(include=DATA_FIELDS) for job in todo}
+    done = subprocess.run(
+        [sys.executable, "-m", "eatlib.study", "_load", str(os.getpid()), *sorted(needed)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=_environment(),
+        start_new_session=True,  # Ctrl-C reaches the runner alone, which then ends this process
+    )
+    if done.returncode != 0:
+        raise StudyError(done.stdout.strip() or f"the process that loads the data ended with status {done.returncode}")
+
+
+def _load(configurations: list[str]) -> int:
+    """Load the data of each configuration, given as JSON; print once each what is wrong with them."""
+    from eatlib.data import DataError, load_data
+
+    problems: dict[str, None] = {}
+    for text in configurations:
+        try:
+            with redirect_stdout(sys.stderr):  # for what torchvision has to say
+                load_data(RunConfig.parse(json.loads(text)), progress=sys.stderr.isatty())
+        except (DataError, OSError) as error:
+            problems[str(error)] = None
+    print(*problems, sep="\n")
+    return 1 if problems else 0
 
 
 def _cores() -> int:
@@ -766,6 +818,9 @@ def main(arguments: list[str] | None = None) -> int:
         _die_with(request["parent"])
         job = Job(RunConfig.parse(request["config"]), Path(request["folder"]))
         return execute(job, wait=request["wait"])
+    if arguments[:1] == ["_load"]:
+        _die_with(int(arguments[1]))
+        return _load(arguments[2:])
     if arguments[:1] == ["_render"]:
         render(arguments[1], Path(arguments[2]))
         return 0

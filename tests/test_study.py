@@ -91,19 +91,50 @@ def test_a_failing_run_is_reported_and_harms_no_other(tmp_path):
         label="test",
         fixed=SMALL,
         blocks=[
-            {"fixed": {"dataset": f"folder:{tmp_path}/nowhere"}, "grid": {"lambda": [0]}},
+            {"fixed": {"penalty_layers": "nowhere*"}, "grid": {"lambda": [1]}},
             {"grid": {"lambda": [0]}},
         ],
     )
     outcomes = run_study(study, tmp_path, workers=2)
-    bad, good = sorted(outcomes, key=lambda outcome: outcome.name.startswith("digits"))
+    good, bad = sorted(outcomes, key=lambda outcome: outcome.name)
     assert good.status == "done"
     assert bad.status == "failed"
     assert "nowhere" in bad.error
-    assert [result.config.dataset for result in StudyResults.load(tmp_path / "mixed").results] == ["digits"]
+    assert [result.config.lambda_ for result in StudyResults.load(tmp_path / "mixed").results] == [0]
     job = Job(study.runs()[0], tmp_path / "mixed")
     assert not job.result.exists()
     assert "nowhere" in job.notebook.read_text(), "the executed notebook is kept for a look"
+
+
+def test_missing_data_are_said_once_before_anything_starts(tmp_path):
+    missing = [f"folder:{tmp_path}/{name}" for name in ("one", "two")]
+    datasets = f"dataset=[{','.join(missing)}]"
+    done = command("run", "smoke", "--set", datasets, "--results", str(tmp_path / "results"))
+    assert done.returncode == 2
+    assert [done.stderr.count(f"{name}': there is no such folder") for name in missing] == [1, 1]
+    assert "Traceback" not in done.stderr
+    assert "FAILED" not in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_are_downloaded_once_before_anything_starts(tmp_path):
+    """There is no network: a proxy that nobody listens at."""
+    no_network = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    arguments = ["run", "smoke", "--set", "dataset=cifar10", "train_samples=[300,400]", "--results", str(tmp_path)]
+    data = {"EATLIB_DATA": str(tmp_path / "data")} | no_network
+    without, download = command(*arguments, **data), command(*arguments, "--download", **data)
+    assert (without.returncode, download.returncode) == (2, 2)
+    assert "--download" in without.stderr
+    assert download.stderr.count("cifar10: download failed") == 1
+    assert "FAILED" not in download.stdout
+    assert not list(tmp_path.glob("smoke*")), "nothing was written"
+
+
+def test_data_of_finished_runs_are_not_needed(tmp_path, make_result):
+    study = small_study([0], dataset=f"folder:{tmp_path}/nowhere")
+    job = Job(study.runs()[0], tmp_path / study.name)
+    make_result(**job.config.to_dict()).save(job.result)
+    assert run_study(study, tmp_path) == []
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_result(tmp_path):
@@ -222,6 +253,11 @@ def test_a_study_runs_on_a_cluster(tmp_path, cluster):
     done = command("run", "smoke", "--results", str(tmp_path), DASK_SCHEDULER_ADDRESS=cluster)
     assert done.returncode == 0, done.stderr
     assert len(StudyResults.load(tmp_path / "smoke").results) == 2
+    # The data that count are those of the workers, which may see others than this machine.
+    nowhere = ["--set", f"dataset=folder:{tmp_path}/nowhere", "lambda=[0]"]
+    done = command("run", "smoke", *nowhere, "--results", str(tmp_path), "--scheduler", cluster)
+    assert done.returncode == 1
+    assert "there is no such folder" in done.stdout
 
 
 def test_a_worker_that_dies_is_replaced(tmp_path, cluster):
@@ -248,6 +284,7 @@ def test_a_worker_that_dies_is_replaced(tmp_path, cluster):
         (["run", "smoke", "--workers", "0"], "--workers 0"),
         (["run", "smoke", "--set", "seed=0", "--set", "seed=1"], "set twice"),
         (["run", "smoke", "--set", "dataset=folder:here"], "from the root"),
+        (["run", "smoke", "--set", "train_samples=5000"], "train_samples = 5000: digits allows 3 to "),
         (["run", "smoke", "--frob"], "--frob"),
         (["run", "smoke", "--scheduler", "tcp://127.0.0.1:9"], "no Dask scheduler answers"),
         (["clean", "nope"], "has no results"),
