@@ -240,7 +240,10 @@ def run_process(job: Job, *, wait: bool, threads: int, stop: Path) -> Outcome:
 def _environment() -> dict[str, str]:
     """For processes that execute notebooks: this Python and this eatlib, whatever else the user has installed."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return os.environ | {"JUPYTER_PREFER_ENV_PATH": "1", "PYTHONPATH": path}
+    environment = os.environ | {"JUPYTER_PREFER_ENV_PATH": "1", "PYTHONPATH": path}
+    if data := os.environ.get("EATLIB_DATA"):
+        environment["EATLIB_DATA"] = str(Path(data).expanduser().absolute())
+    return environment
 
 
 _GPU_RUNS: Counter[str] = Counter()
@@ -308,8 +311,13 @@ def load_study(name: str, changes: dict[str, Any] | None = None) -> Study:
 
 
 def jobs(study: Study, results: Path) -> list[Job]:
-    """The runs of a study with their files under `results`."""
-    return [Job(config, results / study.name) for config in study.runs()]
+    """The runs of a study with their files under `results`; a relative `data_dir` is from the current folder."""
+    configs = study.runs()
+    for index, config in enumerate(configs):
+        if config.data_dir is not None:  # a run is executed in another folder
+            place = config.data_dir.expanduser().absolute()
+            configs[index] = config.model_copy(update={"data_dir": place})
+    return [Job(config, results / study.name) for config in configs]
 
 
 def code_changed(result: RunResult) -> bool | None:

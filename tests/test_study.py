@@ -130,6 +130,16 @@ def test_data_are_downloaded_once_before_anything_starts(tmp_path):
     assert not list(tmp_path.glob("smoke*")), "nothing was written"
 
 
+def test_a_relative_data_folder_is_from_where_the_user_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EATLIB_DATA", "environment")
+    for fixed in ({}, {"data_dir": "field"}):
+        (outcome,) = run_study(small_study([0], epochs=1, seed=len(fixed), **fixed), tmp_path / "results")
+        assert outcome.status == "done", outcome.error
+    caches = {path.parent for path in tmp_path.rglob(".cache")}
+    assert caches == {tmp_path / "environment", tmp_path / "field"}
+
+
 def test_data_of_finished_runs_are_not_needed(tmp_path, make_result):
     study = small_study([0], dataset=f"folder:{tmp_path}/nowhere")
     job = Job(study.runs()[0], tmp_path / study.name)
