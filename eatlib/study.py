@@ -666,7 +666,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--download", action="store_true", help="fetch a data set that is not there")
     run.add_argument("--quiet", action="store_true", help="say only what failed, and the results")
     run.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where results go (results/)")
-    listing = commands.add_parser("list", help="show the studies and how many of their runs are done")
+    listing = commands.add_parser("list", help="show the studies, changed ones too, and how many of their runs are done")
     listing.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     clean = commands.add_parser("clean", help="delete a study's logs, checkpoints and executed notebooks")
     clean.add_argument("study", help="a study, or the name of its folder in results/")
@@ -788,11 +788,19 @@ def _show_runs(study: Study, results: Path, *, only_stale: bool) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    for path in sorted(STUDIES.glob("*.yaml")):
-        study = load_study(path.stem)
+    studies = [load_study(path.stem) for path in STUDIES.glob("*.yaml")]
+    known = {study.name for study in studies}
+    for path in arguments.results.glob("*/study.yaml"):  # with changed fields, or no longer in studies/
+        if path.parent.name not in known:
+            try:
+                studies.append(Study.load(path).model_copy(update={"name": path.parent.name}))
+            except ConfigError as error:
+                print("not used:", error, file=sys.stderr)
+    width = max((len(study.name) for study in studies), default=0)
+    for study in sorted(studies, key=lambda study: study.name):
         all_jobs = jobs(study, arguments.results)
         done = sum(job.load() is not None for job in all_jobs)
-        print(f"{study.name:12} {done:4} of {len(all_jobs):4} runs done   {study.label}")
+        print(f"{study.name:{width}} {done:4} of {len(all_jobs):4} runs done   {study.label}")
     return 0
 
 
@@ -810,7 +818,7 @@ def _clean(arguments: argparse.Namespace) -> int:
         except Timeout:
             raise StudyError(f"{lock.stem} is being worked on: nothing is deleted") from None
         shutil.rmtree(folder / "notebooks", ignore_errors=True)
-        for path in (folder / "work").iterdir():
+        for path in (folder / "work").glob("*"):
             if path.is_dir():
                 shutil.rmtree(path)
             elif path not in locks:  # a lock that is deleted locks nobody out

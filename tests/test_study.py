@@ -24,6 +24,7 @@ from eatlib.study import (
     Job,
     code_changed,
     execute,
+    jobs,
     load_study,
     local_gpus,
     run_study,
@@ -386,6 +387,23 @@ def test_clean_keeps_results_and_what_is_not_a_study(tmp_path, make_result):
     assert sorted(path.name for path in folder.iterdir()) == ["run.json", "study.yaml", "work"]
     assert not (folder / "work" / "run").exists()
     assert (tmp_path / "notebooks").is_dir()
+
+
+def test_list_shows_changed_studies_and_clean_cleans_them(tmp_path, make_result):
+    study = load_study("smoke", {"epochs": 3})
+    first, second = jobs(study, tmp_path)
+    make_result(**first.config.to_dict()).save(first.result)
+    (first.folder / "study.yaml").write_text(study.to_yaml())
+    first.notebook.parent.mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "study.yaml").write_text("blocks: 1")
+    done = command("list", "--results", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"(?m)^smoke +0 of +2 runs done", done.stdout)
+    assert re.search(r"(?m)^smoke@epochs=3 +1 of +2 runs done", done.stdout)
+    assert str(tmp_path / "broken") in done.stderr
+    assert command("clean", "smoke@epochs=3", "--results", str(tmp_path)).returncode == 0
+    assert {path.name for path in first.folder.iterdir()} == {first.result.name, "study.yaml"}
 
 
 def test_a_file_that_is_no_result_is_named_and_kept(tmp_path, capsys):
