@@ -374,9 +374,8 @@ def run_study(
     from dask.distributed import Client, LocalCluster, as_completed
 
     if scheduler is None:
-        count = workers or _default_workers(todo)
-        count = min(count, len(todo))
-        threads = todo[0].config.threads or max(1, _cores() // count)
+        count = _at_a_time(todo, workers)
+        share = max(1, _cores() // count)
         cluster = LocalCluster(
             n_workers=1,
             threads_per_worker=count,
@@ -392,16 +391,13 @@ def run_study(
             client = Client(scheduler, timeout=5)
         except (OSError, TimeoutError, ValueError) as error:
             raise StudyError(f"no Dask scheduler answers at {scheduler}: {error}") from None
-        threads = todo[0].config.threads or 1
+        share = 1
         if find_spec("bokeh") is not None and not quiet:  # without it, schedulers announce a page that is not there
             print(f"Dask dashboard: {client.dashboard_link}")
     stop = folder / "work" / f".stop-{uuid.uuid4().hex}"
     # An unmet resource waits for ever: a GPU is only asked for where workers declare them.
-    on_gpu = todo[0].config.device != "cpu"
-    if on_gpu and any(worker.get("resources", {}).get("GPU") for worker in client.scheduler_info()["workers"].values()):
-        resources = {"GPU": 1}
-    else:
-        resources = None
+    declared = client.scheduler_info()["workers"].values()
+    gpus_declared = any(worker.get("resources", {}).get("GPU") for worker in declared)
 
     for job in todo:
         _set_aside(job, force=force)
@@ -410,6 +406,8 @@ def run_study(
     submitted: dict[Any, Job] = {}
 
     def start(job: Job, *, wait: bool) -> Any:
+        threads = job.config.threads or share
+        resources = {"GPU": 1} if gpus_declared and job.config.device != "cpu" else None
         future = client.submit(run_process, job, wait=wait, threads=threads, stop=stop, resources=resources, pure=False)
         submitted[future] = job
         return future
@@ -512,16 +510,19 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _default_workers(todo: list[Job]) -> int:
-    """As many runs at a time as there are GPUs, or cores and memory for one thread each."""
+def _at_a_time(todo: list[Job], workers: int | None) -> int:
+    """Runs at a time on this machine; by default as many as there are GPUs, or cores and memory for their threads."""
     import psutil
 
-    gpus = local_gpus()
-    if gpus and todo[0].config.device != "cpu":
-        return len(gpus)
-    by_cores = _cores() // (todo[0].config.threads or 1)
-    by_memory = psutil.virtual_memory().available // MEMORY_PER_RUN
-    return max(1, min(by_cores, by_memory))
+    if workers is None:
+        gpus = local_gpus()
+        if gpus and any(job.config.device != "cpu" for job in todo):
+            workers = len(gpus)
+        else:
+            by_cores = _cores() // max(job.config.threads or 1 for job in todo)
+            by_memory = psutil.virtual_memory().available // MEMORY_PER_RUN
+            workers = max(1, min(by_cores, by_memory))
+    return min(workers, len(todo))
 
 
 def _wait_for_end(todo: list[Job], timeout: float = 10) -> None:

@@ -22,6 +22,7 @@ from eatlib.study import (
     TRAIN_NOTEBOOK,
     TRAINING_CODE,
     Job,
+    Outcome,
     code_changed,
     execute,
     jobs,
@@ -258,6 +259,49 @@ def cluster(tmp_path):
     for process in processes:
         process.terminate()
         process.wait()
+
+
+def two_kinds(**second: object) -> Study:
+    """A run as it comes, and one that differs from it in `second`."""
+    blocks = [{"grid": {"seed": [0]}}, {"grid": {"seed": [1]}, "fixed": second}]
+    return Study(name="kinds", label="test", fixed=SMALL, blocks=blocks)
+
+
+@pytest.mark.parametrize(("own", "cores", "expected"), [(2, 8, [4, 2]), (8, 8, [8, 8]), (None, 1, [1, 1])])
+def test_each_run_has_its_own_threads_or_an_equal_share_of_the_cores(tmp_path, monkeypatch, own, cores, expected):
+    def tell(job, *, wait, threads, stop):
+        return Outcome(job.name, "done", seconds=threads)
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr("eatlib.study._cores", lambda: cores)
+    monkeypatch.setattr("eatlib.study.MEMORY_PER_RUN", 1)
+    monkeypatch.setattr("eatlib.study.run_process", tell)
+    monkeypatch.setattr("eatlib.study._check_data", lambda todo: None)
+    study = two_kinds(threads=own)
+    threads = {outcome.name: outcome.seconds for outcome in run_study(study, tmp_path)}
+    assert [threads[run.name] for run in study.runs()] == expected
+
+
+def test_only_the_runs_that_use_a_gpu_ask_for_one(tmp_path, monkeypatch):
+    from dask.distributed import LocalCluster
+
+    def meet(job, *, wait, threads, stop):
+        """With a GPU: be alone with it, and wait for the run that needs none, which must not be waiting for it."""
+        if job.config.device == "cpu":
+            (job.folder / "cpu").touch()
+        else:
+            with (job.folder / "gpu").open("x"):
+                wait_for((job.folder / "cpu").exists)
+            (job.folder / "gpu").unlink()
+        return Outcome(job.name, "done")
+
+    monkeypatch.setattr("eatlib.study.run_process", meet)
+    blocks = [{"fixed": {"device": "cuda"}, "grid": {"seed": [0, 1]}}, {"fixed": {"device": "cpu", "seed": 2}}]
+    study = Study(name="kinds", label="test", fixed=SMALL, blocks=blocks)
+    options = {"n_workers": 1, "processes": False, "dashboard_address": None, "resources": {"GPU": 1}}
+    with LocalCluster(threads_per_worker=3, **options) as cluster:
+        outcomes = run_study(study, tmp_path, scheduler=cluster.scheduler_address)
+    assert [outcome.status for outcome in outcomes] == ["done"] * 3
 
 
 def test_a_study_runs_on_a_cluster(tmp_path, cluster):
