@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -55,6 +56,9 @@ DATA_FIELDS = {
     "download",
 }
 """Fields of a configuration that say which images its run sees, and where they are."""
+
+TRAINING_IMAGES = {"digits": 1_438, "cifar10": 50_000, "gtsrb": 39_209, "celeba": 162_770}
+"""Of the complete data sets, validation images included; for estimates."""
 
 MEMORY_PER_RUN = 2 << 30
 """Bytes of memory that the default number of workers allows each run."""
@@ -660,6 +664,9 @@ def _parser() -> argparse.ArgumentParser:
         help="set fields for all runs; a list is an axis",
     )
     run.add_argument("--dry-run", action="store_true", help="show the runs and what there is of them; do nothing")
+    run.add_argument(
+        "--measure", action="store_true", help="with --dry-run: time a few steps of what has not run here yet"
+    )
     run.add_argument("--stale", action="store_true", help="show the results made by other code; do nothing")
     run.add_argument("--force", action="store_true", help="execute also the runs that have a result")
     run.add_argument("--workers", type=int, metavar="N", help="runs at a time (default: what the machine allows)")
@@ -667,7 +674,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--download", action="store_true", help="fetch a data set that is not there")
     run.add_argument("--quiet", action="store_true", help="say only what failed, and the results")
     run.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where results go (results/)")
-    listing = commands.add_parser("list", help="show the studies, changed ones too, and how many of their runs are done")
+    listing = commands.add_parser("list", help="show the studies, changed ones too, and how much of each is done")
     listing.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     clean = commands.add_parser("clean", help="delete a study's logs, checkpoints and executed notebooks")
     clean.add_argument("study", help="a study, or the name of its folder in results/")
@@ -683,8 +690,13 @@ def _run(arguments: argparse.Namespace) -> int:
         changes["download"] = True
     study = load_study(arguments.study, changes)
     results = arguments.results.resolve()
-    if arguments.dry_run or arguments.stale:
-        _show_runs(study, results, only_stale=arguments.stale)
+    if arguments.measure and not arguments.dry_run:
+        raise StudyError("--measure is for --dry-run: it estimates, and trains nothing")
+    if arguments.stale:
+        _show_stale(study, results)
+        return 0
+    if arguments.dry_run:
+        _show_runs(study, results, workers=arguments.workers, measure=arguments.measure)
         return 0
     scheduler = arguments.scheduler or os.environ.get("DASK_SCHEDULER_ADDRESS")
     if not arguments.quiet:
@@ -748,44 +760,128 @@ def _show_results(study: Study, results: Path) -> int:
     return 0
 
 
-def _show_runs(study: Study, results: Path, *, only_stale: bool) -> None:
-    """Print a line a run: whether it is done, and how long it took or may take."""
-    known = []
-    for path in sorted(results.glob("*/*.json")):
-        try:
-            known.append(RunResult.load(path))
-        except ResultError as error:
-            print("not used:", error, file=sys.stderr)
-    rates: dict[tuple[Any, ...], list[float]] = {}
+def _state(result: RunResult) -> str:
+    changed = code_changed(result)
+    return {True: "stale: the code has changed", False: "done", None: "done, code unknown"}[changed]
 
-    def kind(config: RunConfig) -> tuple[Any, ...]:
-        return config.dataset, config.model, config.width, config.image_size, config.train_samples
 
-    for result in known:
-        rates.setdefault(kind(result.config), []).append(result.provenance.wall_seconds / result.config.epochs)
-    left, unknown = 0.0, 0
+def _show_stale(study: Study, results: Path) -> None:
+    """Print a line for each result that other code has made, or may have."""
     for job in jobs(study, results):
         result = job.load()
-        if result is not None:
-            changed = code_changed(result)
-            state = {True: "stale: the code has changed", False: "done", None: "done, code unknown"}[changed]
-            if only_stale and changed is False:
-                continue
+        if result is not None and (state := _state(result)) != "done":
             print(f"{job.name}  {state}, {result.provenance.wall_seconds:.0f} s")
-            continue
-        if only_stale:
-            continue
-        past = sorted(rates.get(kind(job.config), []))
-        if past:
-            seconds = past[len(past) // 2] * job.config.epochs
-            left += seconds
-            print(f"{job.name}  missing, about {seconds:.0f} s")
+
+
+def _show_runs(study: Study, results: Path, *, workers: int | None, measure: bool) -> None:
+    """Print a line a run, whether it is done and how long it took or may take, and how long all that is left may."""
+    found = [(job, job.load()) for job in jobs(study, results)]
+    missing = [job for job, result in found if result is None]
+    at_a_time = _at_a_time(missing, workers) if missing else 1
+    seconds = _estimate(missing, results, at_a_time, measure=measure)
+    for job, result in found:
+        if result is not None:
+            text = f"{_state(result)}, {_duration(result.provenance.wall_seconds)}"
         else:
-            unknown += 1
-            print(f"{job.name}  missing")
-    if not only_stale:
-        note = f", and {unknown} runs of which no like has run here" if unknown else ""
-        print(f"left: about {left / 60:.0f} minutes one after another{note}")
+            text = f"missing, about {_duration(seconds[job.name])}" if job.name in seconds else "missing"
+        print(f"{job.name}  {text}")
+    if not missing:
+        print("left: nothing")
+        return
+    texts = []
+    if seconds:
+        total = max(sum(seconds.values()) / at_a_time, *seconds.values())
+        pace = f"{at_a_time} runs at a time" if at_a_time > 1 else "one run after another"
+        texts.append(f"about {_duration(total)} of training on this machine, {pace}")
+    if unknown := len(missing) - len(seconds):
+        reason = "no number of images is known" if measure else "no like has run here (--measure times a few steps)"
+        texts.append(f"no estimate for {unknown} of {len(missing)} runs, as {reason}")
+    print(f"left: {'; '.join(texts)}")
+
+
+def _estimate(missing: list[Job], results: Path, at_a_time: int, *, measure: bool) -> dict[str, float]:
+    """Seconds of training that runs may take on this machine, by name, where past runs or a trial can tell.
+
+    Prints the throughput of each kind of run, and whence it is known.
+    """
+    past: dict[tuple[str, ...], list[float]] = {}
+    images: dict[str, int] = {}
+    for path in sorted(results.glob("*/*.json")):
+        try:
+            result = RunResult.load(path)
+        except (ResultError, OSError) as error:
+            print("not used:", error, file=sys.stderr)
+            continue
+        trained_on = result.data.train * len(result.history)
+        cost = sum(epoch.seconds for epoch in result.history) / trained_on
+        past.setdefault(_kind(result.config, result.provenance.device), []).append(cost)
+        images[result.config.dataset] = result.data.source_train
+    images |= TRAINING_IMAGES
+    present = "cuda" if local_gpus() else "cpu"
+    costs: dict[tuple[str, ...], float] = {}
+    seconds = {}
+    for config in (job.config for job in missing):
+        kind = _kind(config, present if config.device == "auto" else config.device)
+        if kind not in costs:
+            if kind in past:
+                costs[kind], source = statistics.median(past[kind]), f"as in {len(past[kind])} past runs"
+            elif measure:
+                costs[kind] = _measure(config, config.threads or max(1, _cores() // at_a_time))
+                source = "measured now, on made-up images"
+            else:
+                continue
+            print(f"{', '.join(kind)}: {1 / max(costs[kind], 1e-9):,.0f} images/s, {source}", flush=True)
+        count = config.train_samples or images.get(config.dataset)
+        if count is not None:
+            seconds[config.name] = config.epochs * count * (1 - config.validation_share) * costs[kind]
+    return seconds
+
+
+def _kind(config: RunConfig, device: str) -> tuple[str, ...]:
+    """What decides how long a run takes for each image that it trains on."""
+    return (
+        f"{config.model} at width {config.width:g}",
+        f"{config.image_size}x{config.image_size} images",
+        config.precision + (" compiled" if config.compile else ""),
+        "with penalty" if config.lambda_ else "without penalty",
+        f"on {device.split(':')[0]}",
+    )
+
+
+def _measure(config: RunConfig, threads: int) -> float:
+    """Seconds that `fit` takes here for each image that it trains on, from a few steps on made-up images.
+
+    Its epochs end with what is read from the device, and so not before the device is done.
+    """
+    import torch
+
+    from eatlib.data import Data, Split
+    from eatlib.results import DataInfo
+    from eatlib.training import find_device, fit
+
+    def made_up(count: int) -> Split:
+        images = torch.randint(256, (count, 3, config.image_size, config.image_size), dtype=torch.uint8)
+        return Split(images, torch.randint(len(classes), (count,)))
+
+    classes = [str(label) for label in range(10)]
+    try:
+        steps = 30 if find_device(config.device).type == "cuda" else 3
+        splits = {"train": made_up(steps * config.batch_size), "validation": made_up(2), "test": made_up(2)}
+        facts = {name: len(split) for name, split in splits.items()} | {"source_train": 0, "source_test": 0}
+        info = DataInfo(name="", complete=False, digest="", classes=classes, image_size=config.image_size, **facts)
+        data = Data(config.dataset, **splits, classes=classes, mean=(0.5,) * 3, std=(0.5,) * 3, info=info)
+        # The first of two epochs prepares memory and kernels. With hardly any learning rate, noise cannot diverge.
+        changes = {"epochs": 2, "warmup_epochs": 0, "learning_rate": 1e-9, "threads": threads, "save_weights": False}
+        history = fit(config.model_copy(update=changes), data=data).history
+    except (ValueError, RuntimeError) as error:  # a device that is not there, or that has too little memory
+        raise StudyError(f"{config.name} cannot be measured: {error}") from None
+    return max(history[-1].seconds, 1e-3) / len(splits["train"])
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
 
 
 def _list(arguments: argparse.Namespace) -> int:

@@ -337,6 +337,8 @@ def test_a_worker_that_dies_is_replaced(tmp_path, cluster):
         (["run", "smoke", "--set", "epoch=1"], "did you mean 'epochs'"),
         (["run", "smoke", "--set", "epochs"], "must be FIELD=VALUE"),
         (["run", "smoke", "--workers", "0"], "--workers 0"),
+        (["run", "smoke", "--measure"], "--measure is for --dry-run"),
+        (["run", "smoke", "--dry-run", "--measure", "--set", "device=cuda:99"], "not on this machine"),
         (["run", "smoke", "--set", "seed=0", "--set", "seed=1"], "set twice"),
         (["run", "smoke", "--set", "dataset=folder:here"], "from the root"),
         (["run", "smoke", "--set", "train_samples=5000"], "train_samples = 5000: digits allows 3 to "),
@@ -370,7 +372,46 @@ def test_a_file_where_results_should_go_is_said(tmp_path):
 def test_a_dry_run_shows_the_runs_and_changes_nothing(tmp_path):
     done = command("run", "smoke", "--dry-run", "--results", str(tmp_path / "results"))
     assert done.returncode == 0
-    assert done.stdout.count("missing") == 2
+    assert done.stdout.count("missing\n") == 2
+    assert "left: no estimate for 2 of 2 runs, as no like has run here" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_learns_from_like_runs_of_any_size(tmp_path, make_result):
+    def past(name: str, seconds: float, device: str = "cpu", **config: object) -> None:
+        """One epoch of 70 images."""
+        result = make_result(model="vgg16", width=0.0625, **config)
+        history = [result.history[0].model_copy(update={"seconds": seconds})]
+        provenance = result.provenance.model_copy(update={"device": device})
+        result.model_copy(update={"history": history, "provenance": provenance}).save(tmp_path / "past" / name)
+
+    def dry_run() -> str:
+        done = command("run", "smoke", "--dry-run", "--results", str(tmp_path), CUDA_VISIBLE_DEVICES="")
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    past("on another device.json", 1, device="cuda:0")
+    past("with other images.json", 1, image_size=32)
+    assert "left: no estimate for 2 of 2 runs" in dry_run()
+    past("like.json", 7)
+    *_, standard, penalised, left = dry_run().splitlines()
+    assert standard.endswith("missing, about 48 s"), "2 epochs of 80% of 300 images, 0.1 s each"
+    assert penalised.endswith("missing")
+    assert re.search("left: about 48 s .*; no estimate for 1 of 2 runs", left)
+    past("like.json", 7, dataset="folder:/of/sixteen/by/sixteen", image_size=16)
+    past("with penalty.json", 14, **{"lambda": 3})
+    for line in ("without penalty, on cpu: 10 images/s", "with penalty, on cpu: 5 images/s", "missing, about 96 s"):
+        assert line in dry_run()
+
+
+def test_a_dry_run_measures_what_has_not_run_here(tmp_path):
+    arguments = ["run", "smoke", "--dry-run", "--measure", "--results", str(tmp_path / "results")]
+    done = command(*arguments, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"on cpu: [\d,]+ images/s, measured now", done.stdout)) == 2
+    assert len(re.findall(r"missing, about \d+ s\n", done.stdout)) == 2
+    assert re.search(r"left: about \d+ s of training on this machine", done.stdout)
+    assert "no estimate" not in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 
@@ -435,7 +476,7 @@ def test_clean_keeps_results_and_what_is_not_a_study(tmp_path, make_result):
 
 def test_list_shows_changed_studies_and_clean_cleans_them(tmp_path, make_result):
     study = load_study("smoke", {"epochs": 3})
-    first, second = jobs(study, tmp_path)
+    first, _ = jobs(study, tmp_path)
     make_result(**first.config.to_dict()).save(first.result)
     (first.folder / "study.yaml").write_text(study.to_yaml())
     first.notebook.parent.mkdir()
