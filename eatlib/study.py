@@ -396,8 +396,10 @@ def run_study(
         except (OSError, TimeoutError, ValueError) as error:
             raise StudyError(f"no Dask scheduler answers at {scheduler}: {error}") from None
         share = 1
-        if find_spec("bokeh") is not None and not quiet:  # without it, schedulers announce a page that is not there
-            print(f"Dask dashboard: {client.dashboard_link}")
+    if find_spec("bokeh") is not None and not quiet:  # without it, schedulers announce a page that is not there
+        link = client.dashboard_link
+        # Dask names this machine by its address in the network, where the dashboard above does not listen.
+        print("Dask dashboard:", link if cluster is None else re.sub("//.*:", "//127.0.0.1:", link))
     stop = folder / "work" / f".stop-{uuid.uuid4().hex}"
     # An unmet resource waits for ever: a GPU is only asked for where workers declare them.
     declared = client.scheduler_info()["workers"].values()

@@ -282,6 +282,15 @@ def test_each_run_has_its_own_threads_or_an_equal_share_of_the_cores(tmp_path, m
     assert [threads[run.name] for run in study.runs()] == expected
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_dashboard_is_shown_where_there_is_one(tmp_path, monkeypatch, capsys, installed):
+    monkeypatch.setattr("eatlib.study.find_spec", lambda name: installed or None)
+    monkeypatch.setattr("eatlib.study.run_process", lambda job, **_: Outcome(job.name, "done"))
+    monkeypatch.setattr("eatlib.study._check_data", lambda todo: None)
+    run_study(small_study([0]), tmp_path)
+    assert ("Dask dashboard: http://127.0.0.1:" in capsys.readouterr().out) is installed
+
+
 def test_only_the_runs_that_use_a_gpu_ask_for_one(tmp_path, monkeypatch):
     from dask.distributed import LocalCluster
 
