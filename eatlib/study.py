@@ -698,7 +698,7 @@ def _run(arguments: argparse.Namespace) -> int:
         _show_stale(study, results)
         return 0
     if arguments.dry_run:
-        _show_runs(study, results, workers=arguments.workers, measure=arguments.measure)
+        _show_runs(study, results, workers=arguments.workers, force=arguments.force, measure=arguments.measure)
         return 0
     scheduler = arguments.scheduler or os.environ.get("DASK_SCHEDULER_ADDRESS")
     if not arguments.quiet:
@@ -775,19 +775,18 @@ def _show_stale(study: Study, results: Path) -> None:
             print(f"{job.name}  {state}, {result.provenance.wall_seconds:.0f} s")
 
 
-def _show_runs(study: Study, results: Path, *, workers: int | None, measure: bool) -> None:
+def _show_runs(study: Study, results: Path, *, workers: int | None, force: bool, measure: bool) -> None:
     """Print a line a run, whether it is done and how long it took or may take, and how long all that is left may."""
     found = [(job, job.load()) for job in jobs(study, results)]
-    missing = [job for job, result in found if result is None]
-    at_a_time = _at_a_time(missing, workers) if missing else 1
-    seconds = _estimate(missing, results, at_a_time, measure=measure)
+    todo = [job for job, result in found if force or result is None]
+    at_a_time = _at_a_time(todo, workers) if todo else 1
+    seconds = _estimate(todo, results, at_a_time, measure=measure)
     for job, result in found:
-        if result is not None:
-            text = f"{_state(result)}, {_duration(result.provenance.wall_seconds)}"
-        else:
-            text = f"missing, about {_duration(seconds[job.name])}" if job.name in seconds else "missing"
+        text = "missing" if result is None else f"{_state(result)}, {_duration(result.provenance.wall_seconds)}"
+        if job.name in seconds:
+            text += f", {'again ' if result else ''}about {_duration(seconds[job.name])}"
         print(f"{job.name}  {text}")
-    if not missing:
+    if not todo:
         print("left: nothing")
         return
     texts = []
@@ -795,13 +794,13 @@ def _show_runs(study: Study, results: Path, *, workers: int | None, measure: boo
         total = max(sum(seconds.values()) / at_a_time, *seconds.values())
         pace = f"{at_a_time} runs at a time" if at_a_time > 1 else "one run after another"
         texts.append(f"about {_duration(total)} of training on this machine, {pace}")
-    if unknown := len(missing) - len(seconds):
+    if unknown := len(todo) - len(seconds):
         reason = "no number of images is known" if measure else "no like has run here (--measure times a few steps)"
-        texts.append(f"no estimate for {unknown} of {len(missing)} runs, as {reason}")
+        texts.append(f"no estimate for {unknown} of {len(todo)} runs, as {reason}")
     print(f"left: {'; '.join(texts)}")
 
 
-def _estimate(missing: list[Job], results: Path, at_a_time: int, *, measure: bool) -> dict[str, float]:
+def _estimate(todo: list[Job], results: Path, at_a_time: int, *, measure: bool) -> dict[str, float]:
     """Seconds of training that runs may take on this machine, by name, where past runs or a trial can tell.
 
     Prints the throughput of each kind of run, and whence it is known.
@@ -822,11 +821,11 @@ def _estimate(missing: list[Job], results: Path, at_a_time: int, *, measure: boo
     present = "cuda" if local_gpus() else "cpu"
     costs: dict[tuple[str, ...], float] = {}
     seconds = {}
-    for config in (job.config for job in missing):
+    for config in (job.config for job in todo):
         kind = _kind(config, present if config.device == "auto" else config.device)
         if kind not in costs:
             if kind in past:
-                costs[kind], source = statistics.median(past[kind]), f"as in {len(past[kind])} past runs"
+                costs[kind], source = statistics.median(past[kind]), f"in past runs ({len(past[kind])})"
             elif measure:
                 costs[kind] = _measure(config, config.threads or max(1, _cores() // at_a_time))
                 source = "measured now, on made-up images"

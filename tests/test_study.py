@@ -394,8 +394,8 @@ def test_a_dry_run_learns_from_like_runs_of_any_size(tmp_path, make_result):
         provenance = result.provenance.model_copy(update={"device": device})
         result.model_copy(update={"history": history, "provenance": provenance}).save(tmp_path / "past" / name)
 
-    def dry_run() -> str:
-        done = command("run", "smoke", "--dry-run", "--results", str(tmp_path), CUDA_VISIBLE_DEVICES="")
+    def dry_run(*options: str) -> str:
+        done = command("run", "smoke", "--dry-run", *options, "--results", str(tmp_path), CUDA_VISIBLE_DEVICES="")
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -411,6 +411,10 @@ def test_a_dry_run_learns_from_like_runs_of_any_size(tmp_path, make_result):
     past("with penalty.json", 14, **{"lambda": 3})
     for line in ("without penalty, on cpu: 10 images/s", "with penalty, on cpu: 5 images/s", "missing, about 96 s"):
         assert line in dry_run()
+    for job in jobs(load_study("smoke"), tmp_path):
+        make_result(**job.config.to_dict()).save(job.result)
+    assert dry_run().endswith("left: nothing\n")
+    assert dry_run("--force").count("again about") == 2
 
 
 def test_a_dry_run_measures_what_has_not_run_here(tmp_path):
