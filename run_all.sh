@@ -16,6 +16,7 @@ usage: ./run_all.sh [STUDY] [OPTIONS]   run a study (default: quick): train what
 studies: $(studies)
 options:
   --dry-run            show the runs, which have a result, and how long the rest may take; do nothing
+  --measure            with --dry-run: time a few steps of what has not run here yet
   --set FIELD=VALUE .. set fields for all runs, for example epochs=10 seed=[0,1]; results are kept apart
   --force              train also what has a result
   --stale              show results that were made by other code; do nothing
@@ -42,7 +43,7 @@ while [ $# -gt 0 ]; do
     -h | --help) usage; exit 0 ;;
     --test) action="test"; shift; arguments=("$@"); break ;;
     --setup) action=setup ;;
-    --dry-run | --force | --stale | --download | --quiet) arguments+=("$1") ;;
+    --dry-run | --measure | --force | --stale | --download | --quiet) arguments+=("$1") ;;
     --workers | --scheduler | --results)
       if [ "$1" = --workers ]; then [[ ${2-} =~ ^[1-9][0-9]*$ ]] || fail "--workers needs a number, 1 or more"; fi
       [ $# -gt 1 ] || fail "$1 needs a value; see ./run_all.sh --help"

@@ -22,8 +22,10 @@ from eatlib.study import (
     TRAIN_NOTEBOOK,
     TRAINING_CODE,
     Job,
+    Outcome,
     code_changed,
     execute,
+    jobs,
     load_study,
     local_gpus,
     run_study,
@@ -91,19 +93,60 @@ def test_a_failing_run_is_reported_and_harms_no_other(tmp_path):
         label="test",
         fixed=SMALL,
         blocks=[
-            {"fixed": {"dataset": f"folder:{tmp_path}/nowhere"}, "grid": {"lambda": [0]}},
+            {"fixed": {"penalty_layers": "nowhere*"}, "grid": {"lambda": [1]}},
             {"grid": {"lambda": [0]}},
         ],
     )
     outcomes = run_study(study, tmp_path, workers=2)
-    bad, good = sorted(outcomes, key=lambda outcome: outcome.name.startswith("digits"))
+    good, bad = sorted(outcomes, key=lambda outcome: outcome.name)
     assert good.status == "done"
     assert bad.status == "failed"
     assert "nowhere" in bad.error
-    assert [result.config.dataset for result in StudyResults.load(tmp_path / "mixed").results] == ["digits"]
+    assert [result.config.lambda_ for result in StudyResults.load(tmp_path / "mixed").results] == [0]
     job = Job(study.runs()[0], tmp_path / "mixed")
     assert not job.result.exists()
     assert "nowhere" in job.notebook.read_text(), "the executed notebook is kept for a look"
+
+
+def test_missing_data_are_said_once_before_anything_starts(tmp_path):
+    missing = [f"folder:{tmp_path}/{name}" for name in ("one", "two")]
+    datasets = f"dataset=[{','.join(missing)}]"
+    done = command("run", "smoke", "--set", datasets, "--results", str(tmp_path / "results"))
+    assert done.returncode == 2
+    assert [done.stderr.count(f"{name}': there is no such folder") for name in missing] == [1, 1]
+    assert "Traceback" not in done.stderr
+    assert "FAILED" not in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_are_downloaded_once_before_anything_starts(tmp_path):
+    """There is no network: a proxy that nobody listens at."""
+    no_network = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    arguments = ["run", "smoke", "--set", "dataset=cifar10", "train_samples=[300,400]", "--results", str(tmp_path)]
+    data = {"EATLIB_DATA": str(tmp_path / "data")} | no_network
+    without, download = command(*arguments, **data), command(*arguments, "--download", **data)
+    assert (without.returncode, download.returncode) == (2, 2)
+    assert "--download" in without.stderr
+    assert download.stderr.count("cifar10: download failed") == 1
+    assert "FAILED" not in download.stdout
+    assert not list(tmp_path.glob("smoke*")), "nothing was written"
+
+
+def test_a_relative_data_folder_is_from_where_the_user_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EATLIB_DATA", "environment")
+    for fixed in ({}, {"data_dir": "field"}):
+        (outcome,) = run_study(small_study([0], epochs=1, seed=len(fixed), **fixed), tmp_path / "results")
+        assert outcome.status == "done", outcome.error
+    caches = {path.parent for path in tmp_path.rglob(".cache")}
+    assert caches == {tmp_path / "environment", tmp_path / "field"}
+
+
+def test_data_of_finished_runs_are_not_needed(tmp_path, make_result):
+    study = small_study([0], dataset=f"folder:{tmp_path}/nowhere")
+    job = Job(study.runs()[0], tmp_path / study.name)
+    make_result(**job.config.to_dict()).save(job.result)
+    assert run_study(study, tmp_path) == []
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_result(tmp_path):
@@ -141,14 +184,35 @@ def test_a_run_that_another_process_is_at_is_left_to_it(tmp_path, make_result):
     assert not job.notebook.exists(), "nothing was executed"
 
 
-def test_two_runners_share_a_study(tmp_path):
-    arguments = [sys.executable, "-m", "eatlib.study", "run", "smoke", "--workers", "1", "--results", str(tmp_path)]
-    runners = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+COUNT_EXECUTIONS = """
+import re
+from pathlib import Path
+
+def note(cell, runs=Path(__file__).with_name("executions")):
+    if run := re.search("(?m)^result_path = .*/(.+)/result.json", cell.raw_cell):
+        with runs.open("a") as file:
+            file.write(run[1] + "\\n")
+
+get_ipython().events.register("pre_run_cell", note)
+"""
+"""Run by each kernel as it starts: notes down the runs whose parameters it is given."""
+
+
+def test_two_runners_execute_each_run_once(tmp_path):
+    startup = tmp_path / "ipython" / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    (startup / "count.py").write_text(COUNT_EXECUTIONS)
+    results = tmp_path / "results"
+    arguments = [sys.executable, "-m", "eatlib.study", "run", "smoke", "--workers", "1", "--results", str(results)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(startup.parents[1])}
+    runners = [subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
     outputs = [runner.communicate()[0] for runner in runners]
     assert [runner.returncode for runner in runners] == [0, 0], outputs
-    found = StudyResults.load(tmp_path / "smoke")
-    assert len(found.results) == 2
+    found = StudyResults.load(results / "smoke")
     assert not found.problems
+    executed = (startup / "executions").read_text().split()
+    assert sorted(executed) == sorted(result.config.name for result in found.results)
+    assert len(executed) == 2
 
 
 def test_interrupting_a_study_keeps_what_is_finished_and_leaves_no_process(tmp_path):
@@ -197,10 +261,67 @@ def cluster(tmp_path):
         process.wait()
 
 
+def two_kinds(**second: object) -> Study:
+    """A run as it comes, and one that differs from it in `second`."""
+    blocks = [{"grid": {"seed": [0]}}, {"grid": {"seed": [1]}, "fixed": second}]
+    return Study(name="kinds", label="test", fixed=SMALL, blocks=blocks)
+
+
+@pytest.mark.parametrize(("own", "cores", "expected"), [(2, 8, [4, 2]), (8, 8, [8, 8]), (None, 1, [1, 1])])
+def test_each_run_has_its_own_threads_or_an_equal_share_of_the_cores(tmp_path, monkeypatch, own, cores, expected):
+    def tell(job, *, wait, threads, stop):
+        return Outcome(job.name, "done", seconds=threads)
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr("eatlib.study._cores", lambda: cores)
+    monkeypatch.setattr("eatlib.study.MEMORY_PER_RUN", 1)
+    monkeypatch.setattr("eatlib.study.run_process", tell)
+    monkeypatch.setattr("eatlib.study._check_data", lambda todo: None)
+    study = two_kinds(threads=own)
+    threads = {outcome.name: outcome.seconds for outcome in run_study(study, tmp_path)}
+    assert [threads[run.name] for run in study.runs()] == expected
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_dashboard_is_shown_where_there_is_one(tmp_path, monkeypatch, capsys, installed):
+    monkeypatch.setattr("eatlib.study.find_spec", lambda name: installed or None)
+    monkeypatch.setattr("eatlib.study.run_process", lambda job, **_: Outcome(job.name, "done"))
+    monkeypatch.setattr("eatlib.study._check_data", lambda todo: None)
+    run_study(small_study([0]), tmp_path)
+    assert ("Dask dashboard: http://127.0.0.1:" in capsys.readouterr().out) is installed
+
+
+def test_only_the_runs_that_use_a_gpu_ask_for_one(tmp_path, monkeypatch):
+    from dask.distributed import LocalCluster
+
+    def meet(job, *, wait, threads, stop):
+        """With a GPU: be alone with it, and wait for the run that needs none, which must not be waiting for it."""
+        if job.config.device == "cpu":
+            (job.folder / "cpu").touch()
+        else:
+            with (job.folder / "gpu").open("x"):
+                wait_for((job.folder / "cpu").exists)
+            (job.folder / "gpu").unlink()
+        return Outcome(job.name, "done")
+
+    monkeypatch.setattr("eatlib.study.run_process", meet)
+    blocks = [{"fixed": {"device": "cuda"}, "grid": {"seed": [0, 1]}}, {"fixed": {"device": "cpu", "seed": 2}}]
+    study = Study(name="kinds", label="test", fixed=SMALL, blocks=blocks)
+    options = {"n_workers": 1, "processes": False, "dashboard_address": None, "resources": {"GPU": 1}}
+    with LocalCluster(threads_per_worker=3, **options) as cluster:
+        outcomes = run_study(study, tmp_path, scheduler=cluster.scheduler_address)
+    assert [outcome.status for outcome in outcomes] == ["done"] * 3
+
+
 def test_a_study_runs_on_a_cluster(tmp_path, cluster):
     done = command("run", "smoke", "--results", str(tmp_path), DASK_SCHEDULER_ADDRESS=cluster)
     assert done.returncode == 0, done.stderr
     assert len(StudyResults.load(tmp_path / "smoke").results) == 2
+    # The data that count are those of the workers, which may see others than this machine.
+    nowhere = ["--set", f"dataset=folder:{tmp_path}/nowhere", "lambda=[0]"]
+    done = command("run", "smoke", *nowhere, "--results", str(tmp_path), "--scheduler", cluster)
+    assert done.returncode == 1
+    assert "there is no such folder" in done.stdout
 
 
 def test_a_worker_that_dies_is_replaced(tmp_path, cluster):
@@ -225,8 +346,11 @@ def test_a_worker_that_dies_is_replaced(tmp_path, cluster):
         (["run", "smoke", "--set", "epoch=1"], "did you mean 'epochs'"),
         (["run", "smoke", "--set", "epochs"], "must be FIELD=VALUE"),
         (["run", "smoke", "--workers", "0"], "--workers 0"),
+        (["run", "smoke", "--measure"], "--measure is for --dry-run"),
+        (["run", "smoke", "--dry-run", "--measure", "--set", "device=cuda:99"], "not on this machine"),
         (["run", "smoke", "--set", "seed=0", "--set", "seed=1"], "set twice"),
         (["run", "smoke", "--set", "dataset=folder:here"], "from the root"),
+        (["run", "smoke", "--set", "train_samples=5000"], "train_samples = 5000: digits allows 3 to "),
         (["run", "smoke", "--frob"], "--frob"),
         (["run", "smoke", "--scheduler", "tcp://127.0.0.1:9"], "no Dask scheduler answers"),
         (["clean", "nope"], "has no results"),
@@ -257,7 +381,50 @@ def test_a_file_where_results_should_go_is_said(tmp_path):
 def test_a_dry_run_shows_the_runs_and_changes_nothing(tmp_path):
     done = command("run", "smoke", "--dry-run", "--results", str(tmp_path / "results"))
     assert done.returncode == 0
-    assert done.stdout.count("missing") == 2
+    assert done.stdout.count("missing\n") == 2
+    assert "left: no estimate for 2 of 2 runs, as no like has run here" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_learns_from_like_runs_of_any_size(tmp_path, make_result):
+    def past(name: str, seconds: float, device: str = "cpu", **config: object) -> None:
+        """One epoch of 70 images."""
+        result = make_result(model="vgg16", width=0.0625, **config)
+        history = [result.history[0].model_copy(update={"seconds": seconds})]
+        provenance = result.provenance.model_copy(update={"device": device})
+        result.model_copy(update={"history": history, "provenance": provenance}).save(tmp_path / "past" / name)
+
+    def dry_run(*options: str) -> str:
+        done = command("run", "smoke", "--dry-run", *options, "--results", str(tmp_path), CUDA_VISIBLE_DEVICES="")
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    past("on another device.json", 1, device="cuda:0")
+    past("with other images.json", 1, image_size=32)
+    assert "left: no estimate for 2 of 2 runs" in dry_run()
+    past("like.json", 7)
+    *_, standard, penalised, left = dry_run().splitlines()
+    assert standard.endswith("missing, about 48 s"), "2 epochs of 80% of 300 images, 0.1 s each"
+    assert penalised.endswith("missing")
+    assert re.search("left: about 48 s .*; no estimate for 1 of 2 runs", left)
+    past("like.json", 7, dataset="folder:/of/sixteen/by/sixteen", image_size=16)
+    past("with penalty.json", 14, **{"lambda": 3})
+    for line in ("without penalty, on cpu: 10 images/s", "with penalty, on cpu: 5 images/s", "missing, about 96 s"):
+        assert line in dry_run()
+    for job in jobs(load_study("smoke"), tmp_path):
+        make_result(**job.config.to_dict()).save(job.result)
+    assert dry_run().endswith("left: nothing\n")
+    assert dry_run("--force").count("again about") == 2
+
+
+def test_a_dry_run_measures_what_has_not_run_here(tmp_path):
+    arguments = ["run", "smoke", "--dry-run", "--measure", "--results", str(tmp_path / "results")]
+    done = command(*arguments, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"on cpu: [\d,]+ images/s, measured now", done.stdout)) == 2
+    assert len(re.findall(r"missing, about \d+ s\n", done.stdout)) == 2
+    assert re.search(r"left: about \d+ s of training on this machine", done.stdout)
+    assert "no estimate" not in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 
@@ -320,6 +487,23 @@ def test_clean_keeps_results_and_what_is_not_a_study(tmp_path, make_result):
     assert (tmp_path / "notebooks").is_dir()
 
 
+def test_list_shows_changed_studies_and_clean_cleans_them(tmp_path, make_result):
+    study = load_study("smoke", {"epochs": 3})
+    first, _ = jobs(study, tmp_path)
+    make_result(**first.config.to_dict()).save(first.result)
+    (first.folder / "study.yaml").write_text(study.to_yaml())
+    first.notebook.parent.mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "study.yaml").write_text("blocks: 1")
+    done = command("list", "--results", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"(?m)^smoke +0 of +2 runs done", done.stdout)
+    assert re.search(r"(?m)^smoke@epochs=3 +1 of +2 runs done", done.stdout)
+    assert str(tmp_path / "broken") in done.stderr
+    assert command("clean", "smoke@epochs=3", "--results", str(tmp_path)).returncode == 0
+    assert {path.name for path in first.folder.iterdir()} == {first.result.name, "study.yaml"}
+
+
 def test_a_file_that_is_no_result_is_named_and_kept(tmp_path, capsys):
     study = small_study([0], epochs=1)
     job = Job(study.runs()[0], tmp_path / study.name)
@@ -374,14 +558,15 @@ def test_failed_runs_and_missing_standard_training_end_in_1_and_a_sentence(tmp_p
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_a_notebook_without_a_parameter_is_refused_before_anything_starts(tmp_path, monkeypatch):
+@pytest.mark.parametrize("instead", ["sigmoid: float = 1", "other = dict(\n    sigma = 1,\n)", "# sigma = 1"])
+def test_a_notebook_without_a_parameter_is_refused_before_anything_starts(tmp_path, monkeypatch, instead):
     import nbformat
 
     from eatlib.study import StudyError
 
     notebook = nbformat.read(TRAIN_NOTEBOOK, as_version=4)
     for cell in notebook.cells:
-        cell.source = cell.source.replace("sigma: float", "sigmoid: float")
+        cell.source = re.sub("(?m)^sigma: .*", instead, cell.source)
     changed = tmp_path / "changed.ipynb"
     nbformat.write(notebook, changed)
     monkeypatch.setattr("eatlib.study.TRAIN_NOTEBOOK", changed)
