@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -31,6 +30,7 @@ from typing import Any, Literal
 
 import yaml
 
+from eatlib import estimate
 from eatlib.config import ConfigError, RunConfig, Study
 from eatlib.results import ROOT, ResultError, RunResult, write_atomically
 
@@ -56,9 +56,6 @@ DATA_FIELDS = {
     "download",
 }
 """Fields of a configuration that say which images its run sees, and where they are."""
-
-TRAINING_IMAGES = {"digits": 1_438, "cifar10": 50_000, "gtsrb": 39_209, "celeba": 162_770}
-"""Of the complete data sets, validation images included; for estimates."""
 
 MEMORY_PER_RUN = 2 << 30
 """Bytes of memory that the default number of workers allows each run."""
@@ -783,11 +780,17 @@ def _show_runs(study: Study, results: Path, *, workers: int | None, force: bool,
     found = [(job, job.load()) for job in jobs(study, results)]
     todo = [job for job, result in found if force or result is None]
     at_a_time = _at_a_time(todo, workers) if todo else 1
-    seconds = _estimate(todo, results, at_a_time, measure=measure)
+    seconds = estimate.seconds_of(
+        [job.config for job in todo],
+        results,
+        device="cuda" if local_gpus() else "cpu",
+        threads=max(1, _cores() // at_a_time),
+        measure=measure,
+    )
     for job, result in found:
-        text = "missing" if result is None else f"{_state(result)}, {_duration(result.provenance.wall_seconds)}"
+        text = "missing" if result is None else f"{_state(result)}, {estimate.duration(result.provenance.wall_seconds)}"
         if job.name in seconds:
-            text += f", {'again ' if result else ''}about {_duration(seconds[job.name])}"
+            text += f", {'again ' if result else ''}about {estimate.duration(seconds[job.name])}"
         print(f"{job.name}  {text}")
     if not todo:
         print("left: nothing")
@@ -796,96 +799,11 @@ def _show_runs(study: Study, results: Path, *, workers: int | None, force: bool,
     if seconds:
         total = max(sum(seconds.values()) / at_a_time, *seconds.values())
         pace = f"{at_a_time} runs at a time" if at_a_time > 1 else "one run after another"
-        texts.append(f"about {_duration(total)} of training on this machine, {pace}")
+        texts.append(f"about {estimate.duration(total)} of training on this machine, {pace}")
     if unknown := len(todo) - len(seconds):
         reason = "no number of images is known" if measure else "no like has run here (--measure times a few steps)"
         texts.append(f"no estimate for {unknown} of {len(todo)} runs, as {reason}")
     print(f"left: {'; '.join(texts)}")
-
-
-def _estimate(todo: list[Job], results: Path, at_a_time: int, *, measure: bool) -> dict[str, float]:
-    """Seconds of training that runs may take on this machine, by name, where past runs or a trial can tell.
-
-    Prints the throughput of each kind of run, and whence it is known.
-    """
-    past: dict[tuple[str, ...], list[float]] = {}
-    images: dict[str, int] = {}
-    for path in sorted(results.glob("*/*.json")):
-        try:
-            result = RunResult.load(path)
-        except (ResultError, OSError) as error:
-            print("not used:", error, file=sys.stderr)
-            continue
-        trained_on = result.data.train * len(result.history)
-        cost = sum(epoch.seconds for epoch in result.history) / trained_on
-        past.setdefault(_kind(result.config, result.provenance.device), []).append(cost)
-        images[result.config.dataset] = result.data.source_train
-    images |= TRAINING_IMAGES
-    present = "cuda" if local_gpus() else "cpu"
-    costs: dict[tuple[str, ...], float] = {}
-    seconds = {}
-    for config in (job.config for job in todo):
-        kind = _kind(config, present if config.device == "auto" else config.device)
-        if kind not in costs:
-            if kind in past:
-                costs[kind], source = statistics.median(past[kind]), f"in past runs ({len(past[kind])})"
-            elif measure:
-                costs[kind] = _measure(config, config.threads or max(1, _cores() // at_a_time))
-                source = "measured now, on made-up images"
-            else:
-                continue
-            print(f"{', '.join(kind)}: {1 / max(costs[kind], 1e-9):,.0f} images/s, {source}", flush=True)
-        count = config.train_samples or images.get(config.dataset)
-        if count is not None:
-            seconds[config.name] = config.epochs * count * (1 - config.validation_share) * costs[kind]
-    return seconds
-
-
-def _kind(config: RunConfig, device: str) -> tuple[str, ...]:
-    """What decides how long a run takes for each image that it trains on."""
-    return (
-        f"{config.model} at width {config.width:g}",
-        f"{config.image_size}x{config.image_size} images",
-        config.precision + (" compiled" if config.compile else ""),
-        "with penalty" if config.lambda_ else "without penalty",
-        f"on {device.split(':')[0]}",
-    )
-
-
-def _measure(config: RunConfig, threads: int) -> float:
-    """Seconds that `fit` takes here for each image that it trains on, from a few steps on made-up images.
-
-    Its epochs end with what is read from the device, and so not before the device is done.
-    """
-    import torch
-
-    from eatlib.data import Data, Split
-    from eatlib.results import DataInfo
-    from eatlib.training import find_device, fit
-
-    def made_up(count: int) -> Split:
-        images = torch.randint(256, (count, 3, config.image_size, config.image_size), dtype=torch.uint8)
-        return Split(images, torch.randint(len(classes), (count,)))
-
-    classes = [str(label) for label in range(10)]
-    try:
-        steps = 30 if find_device(config.device).type == "cuda" else 3
-        splits = {"train": made_up(steps * config.batch_size), "validation": made_up(2), "test": made_up(2)}
-        facts = {name: len(split) for name, split in splits.items()} | {"source_train": 0, "source_test": 0}
-        info = DataInfo(name="", complete=False, digest="", classes=classes, image_size=config.image_size, **facts)
-        data = Data(config.dataset, **splits, classes=classes, mean=(0.5,) * 3, std=(0.5,) * 3, info=info)
-        # The first of two epochs prepares memory and kernels. With hardly any learning rate, noise cannot diverge.
-        changes = {"epochs": 2, "warmup_epochs": 0, "learning_rate": 1e-9, "threads": threads, "save_weights": False}
-        history = fit(config.model_copy(update=changes), data=data).history
-    except (ValueError, RuntimeError) as error:  # a device that is not there, or that has too little memory
-        raise StudyError(f"{config.name} cannot be measured: {error}") from None
-    return max(history[-1].seconds, 1e-3) / len(splits["train"])
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -945,7 +863,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
         return {"run": _run, "list": _list, "clean": _clean}[options.command](options)
-    except StudyError as error:
+    except (StudyError, estimate.EstimateError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
