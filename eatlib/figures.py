@@ -120,7 +120,7 @@ def tradeoff_figure(table: pd.DataFrame, margin: float, accounting: str = "publi
         standard = runs[runs["lambda"] == 0]
         if len(standard):
             top = standard[accuracy].mean()
-            axis.axhspan(top - margin, top, color="0.9", zorder=0, label=f"at most {100 * margin:g} points below")
+            axis.axhspan(top - margin, top, color="0.9", zorder=0, label=f"at most {100 * margin:g} points below ST")
         means = runs.groupby(tables.SETTING)[[ratio, accuracy]].mean()
         front = pareto_front(means, ratio, accuracy)
         axis.plot(front[ratio], front[accuracy], color="0.4", linewidth=1.2, zorder=1, label="Pareto front")
@@ -144,7 +144,7 @@ def tradeoff_figure(table: pd.DataFrame, margin: float, accounting: str = "publi
                 s=42,
                 color=COLORS[side],
                 marker=MARKERS[side],
-                label=side if side == STANDARD else f"{side}, λ beside",
+                label=f"{side} (ST)" if side == STANDARD else f"{side}, λ beside",
                 edgecolor="white",
                 zorder=3,
             )
@@ -176,7 +176,7 @@ def tradeoff_figure(table: pd.DataFrame, margin: float, accounting: str = "publi
                 )
         _draw_references(axis, group, runs, accounting)
         axis.set(
-            title=tables.title_of(group, runs),
+            title=tables.title_of(group, runs).replace(" (", "\n("),
             xlabel=f"energy ratio ({accounting})",
             ylabel="test accuracy",
         )
@@ -201,7 +201,7 @@ def _draw_references(axis: Axes, group: tuple[str, str], runs: pd.DataFrame, acc
             marker="*",
             markersize=9,
             markerfacecolor="white",
-            label="the paper: ST (right) and EAT",
+            label="the paper, at its scale: ST (right), EAT",
             zorder=2,
         )
     if group[1] in ("resnet18", "vgg16"):

@@ -84,7 +84,7 @@ def test_partial_data_are_called_partial(tmp_path, make_result):
         "digits (partial data: 80 + 10 images)"
     }
     assert (
-        figures.tradeoff_figure(table, 0.03).axes[0].get_title() == "digits, ResNet-18 (partial data: 80 + 10 images)"
+        figures.tradeoff_figure(table, 0.03).axes[0].get_title() == "digits, ResNet-18\n(partial data: 80 + 10 images)"
     )
 
 
