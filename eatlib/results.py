@@ -237,11 +237,14 @@ class StudyResults:
         lines: dict[str, None] = {}
         for result in self.results:
             config, data = result.config, result.data
+            source = "the complete data set"
+            if not data.complete:
+                source = f"a PARTIAL data set of {data.source_train:,} + {data.source_test:,} images"
             width = "" if config.width == 1 else f" at {config.width:g} of its width"
             lines[
                 f"{config.model}{width}, {config.epochs} epochs on {data.name}: {data.train:,} training, "
                 f"{data.validation:,} validation and {data.test:,} test images of {data.image_size}x{data.image_size} "
-                f"pixels, from {'the complete' if data.complete else 'a PARTIAL'} data set"
+                f"pixels, from {source}"
             ] = None
         return list(lines)
 

@@ -729,7 +729,7 @@ def _show_results(study: Study, results: Path) -> int:
 
     folder = results / study.name
     found = StudyResults.load(folder)
-    print(f"\n{study.label}\n")
+    print(f"\n{study.label}", *found.scale(), sep="\n", end="\n\n")
     for problem in found.problems:
         print("not used:", problem, file=sys.stderr)
     if not any(result.config.lambda_ == 0 for result in found.results):

@@ -61,11 +61,15 @@ def name_of(group: Sequence[str]) -> str:
 
 
 def title_of(group: Sequence[str], runs: pd.DataFrame) -> str:
-    """The data set (and network), and how many images there are if it is not the complete data set."""
+    """The data set and network, and how many images there are if it is not the complete data set."""
     if runs["complete"].all():
         return name_of(group)
     train, test = runs["source_train"].max(), runs["source_test"].max()
     return f"{name_of(group)} (partial data: {train:,} + {test:,} images)"
+
+
+def _data_of(dataset: str, runs: pd.DataFrame) -> str:
+    return name_of([dataset]) + ("" if runs["complete"].all() else " (partial data)")
 
 
 def setting_of(config: RunConfig) -> list[Any]:
@@ -123,7 +127,7 @@ def tradeoff_table(table: pd.DataFrame, margin: float, accounting: str = "publis
         sides = {"st": runs[runs["lambda"] == 0], "eat": runs_of(runs, setting)}
         for shown in ACCOUNTINGS:
             row = {key: setting[key] for key in (*GROUP, "lambda", "sigma")}
-            row |= {"data": title_of([setting["dataset"]], runs), "accounting": shown}
+            row |= {"data": _data_of(setting["dataset"], runs), "accounting": shown}
             for side, part in sides.items():
                 row[f"{side}_seeds"] = len(part)
                 for quantity, column in (("accuracy", "test_accuracy"), ("ratio", f"test_{shown}_ratio")):
@@ -228,7 +232,7 @@ def settings_table(table: pd.DataFrame) -> pd.DataFrame:
             relus = part["test_relu_firing"].mean() / standard["test_relu_firing"].mean()
             rows.append(
                 {
-                    "data set": title_of([group[0]], runs),
+                    "data set": _data_of(group[0], runs),
                     "network": name_of([group[1]]),
                     "penalty": setting["penalty"] or "none (ST)",
                     "layers": setting["penalty_layers"],
@@ -266,6 +270,10 @@ def save(table: pd.DataFrame, folder: Path, name: str) -> list[Path]:
     return paths
 
 
+def _bullets(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
 def fill_in(text: str, reference: Path = ROOT / "results" / "reference") -> str:
     """`text` with the tables and picture of each study that it marks, from the committed results."""
 
@@ -279,6 +287,7 @@ def fill_in(text: str, reference: Path = ROOT / "results" / "reference") -> str:
         return "\n\n".join(
             [
                 f"<!-- results:{name} -->\n**{found.study.label}**",
+                _bullets(found.scale()),
                 *tables,
                 f"![Test accuracy against energy ratio, study {name}]({picture})\n<!-- /results -->",
             ]
@@ -287,7 +296,10 @@ def fill_in(text: str, reference: Path = ROOT / "results" / "reference") -> str:
     def settings(match: re.Match[str]) -> str:
         found = StudyResults.load(reference / match[1])
         shown = markdown(varying(settings_table(found.table())))
-        return f"<!-- settings:{match[1]} -->\n**{found.study.label}**\n\n{shown}\n<!-- /settings -->"
+        return (
+            f"<!-- settings:{match[1]} -->\n**{found.study.label}**\n\n{_bullets(found.scale())}\n\n{shown}\n"
+            "<!-- /settings -->"
+        )
 
     text = re.sub(r"<!-- results:([\w.-]+) -->.*?<!-- /results -->", results, text, flags=re.DOTALL)
     return re.sub(r"<!-- settings:([\w.-]+) -->.*?<!-- /settings -->", settings, text, flags=re.DOTALL)

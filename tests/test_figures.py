@@ -80,9 +80,7 @@ def test_partial_data_are_called_partial(tmp_path, make_result):
     table = found.table()
     assert "PARTIAL" not in found.scale()[0]
     table["complete"] = False
-    assert set(tables.readable(tables.tradeoff_table(table, 0.03))["data set"]) == {
-        "digits (partial data: 80 + 10 images)"
-    }
+    assert set(tables.readable(tables.tradeoff_table(table, 0.03))["data set"]) == {"digits (partial data)"}
     assert (
         figures.tradeoff_figure(table, 0.03).axes[0].get_title() == "digits, ResNet-18\n(partial data: 80 + 10 images)"
     )
