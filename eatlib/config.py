@@ -39,6 +39,9 @@ DATASETS: dict[str, dict[str, Any]] = {
 EXECUTION_FIELDS = frozenset({"data_dir", "download", "device", "threads", "checkpoint_every", "save_weights"})
 """Where and how a run is executed. They do not say what is computed, so the hash leaves them out."""
 
+PENALTY_FIELDS = ("penalty", "penalty_layers", "penalty_normalization", "sigma", "warmup_epochs")
+"""Which penalty it is that lambda weighs: they say nothing where lambda is 0."""
+
 
 def _number(value: Any) -> Any:
     """Make `1e-3` a number: YAML 1.1 reads it, lacking a dot, as a string."""
@@ -201,7 +204,7 @@ class RunConfig(BaseModel):
         """
         values = {key: value for key, value in self.to_dict().items() if key not in EXECUTION_FIELDS}
         if self.lambda_ == 0:
-            for key in ("sigma", "penalty", "penalty_layers", "penalty_normalization", "warmup_epochs"):
+            for key in PENALTY_FIELDS:
                 del values[key]
         text = json.dumps([CONFIG_VERSION, values], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -468,7 +468,8 @@ class _Pass:
         elif kind == "move":
             x, value = operands[0]
             output = self._run(call)
-            if sum(y.numel() for y in _tensors(output)) < x.numel():
+            pieces = _tensors(output)
+            if [(y.numel(), y.is_floating_point()) for y in pieces] != [(x.numel(), x.is_floating_point())]:
                 self._refuse_nan(call, operands)
         else:
             if kind == "element-wise":
@@ -486,7 +487,7 @@ class _Pass:
         return output
 
     def _refuse_nan(self, call: OperatorCall, operands: list[tuple[Tensor, _Value]]) -> None:
-        """Look for NaN before an operator that may hide it; all others pass it on to the model's output."""
+        """Look for NaN where an operator may hide it; what networks compute otherwise passes it on to their output."""
         for x, value in operands:
             if self._facts.get("numbers", x) is None and _any_nan([x]):
                 source = f"comes out of {value.layers[-1]}" if value.layers else "goes"
@@ -645,7 +646,7 @@ _NEW = _operators("new_zeros", "new_empty", "new_ones", "new_full", "zeros_like"
 # What of an operand they leave out, or put something else for, may have been NaN.
 _NAN_STOPS = _operators(
     *("where", "masked_fill", "masked_fill_", "nan_to_num", "nan_to_num_", "fmax", "fmin"),
-    *("isnan", "gt", "ge", "lt", "le"),
+    *("isnan", "gt", "ge", "lt", "le", "eq", "ne", "sign", "sgn", "logical_not", "logical_and", "logical_or", "pow"),
 )
 
 _MOVES = _operators("_to_copy", "clone", "_unsafe_view", "_reshape_copy", "as_strided_")

@@ -44,7 +44,6 @@ def seconds_of(
         cost = sum(epoch.seconds for epoch in result.history) / trained_on
         past.setdefault(_kind(result.config, result.provenance.device), []).append(cost)
         images[result.config.dataset] = result.data.source_train
-    images |= TRAINING_IMAGES
     costs: dict[tuple[str, ...], float] = {}
     seconds = {}
     for config in configs:
@@ -58,7 +57,8 @@ def seconds_of(
             else:
                 continue
             print(f"{', '.join(kind)}: {1 / max(costs[kind], 1e-9):,.0f} images/s, {source}", flush=True)
-        count = config.train_samples or images.get(config.dataset)
+        known = TRAINING_IMAGES | images if config.allow_partial else images | TRAINING_IMAGES
+        count = config.train_samples or known.get(config.dataset)
         if count is not None:
             seconds[config.name] = config.epochs * count * (1 - config.validation_share) * costs[kind]
     return seconds

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eatlib.config import RunConfig
-from eatlib.results import Epoch, LayerFiring, RunResult
+from eatlib.results import Epoch, LayerFiring, RunResult, table_row
 
 if TYPE_CHECKING:
     import pandas as pd  # a slow import, as eatlib.tables and seaborn are: the figures of a single run do without
@@ -41,6 +41,8 @@ def training_name(config: RunConfig) -> str:
 
 def _panels(table: pd.DataFrame, size: tuple[float, float]) -> tuple[Figure, dict[tuple[str, str], Axes]]:
     """A row a network and a column a data set (one row, if there is one data set); what has no runs says so."""
+    from eatlib.tables import name_of
+
     datasets, models = table["dataset"].unique(), table["model"].unique()
     shape = (len(models), len(datasets)) if len(datasets) > 1 else (1, len(models))
     figure, axes = plt.subplots(
@@ -50,7 +52,7 @@ def _panels(table: pd.DataFrame, size: tuple[float, float]) -> tuple[Figure, dic
     present = set(table.groupby(["dataset", "model"]).groups)
     for group in places.keys() - present:
         places[group].set_axis_off()
-        places[group].text(0.5, 0.5, f"no runs of {', '.join(group)}", ha="center", transform=places[group].transAxes)
+        places[group].text(0.5, 0.5, f"no runs of {name_of(group)}", ha="center", transform=places[group].transAxes)
     return figure, {group: axis for group, axis in places.items() if group in present}
 
 
@@ -106,10 +108,13 @@ def silent_ratio(model: str, classes: int, image_size: int, width: float, batch_
 def tradeoff_figure(table: pd.DataFrame, margin: float, accounting: str = "published", *, label: str = "") -> Figure:
     """Test accuracy against energy ratio, one panel per data set and network.
 
-    Small points are single runs, large ones means over seeds of one setting; the line is the Pareto front of the means;
-    the shaded band is the accuracy within `margin` of standard training. Runs that collapsed to chance are crosses.
-    For the paper's networks and data sets, its two points and the floor of the `published` accounting are drawn too.
+    Small points are single runs; crosses, those that collapsed to chance. Large points are means over seeds of the
+    settings that compete (see `eatlib.tables.select`) and have no collapsed run, the line is their Pareto front with
+    standard training's. The shaded band is the test accuracy within `margin` of standard training. For the paper's
+    networks and data sets, its two points and the floor of the `published` accounting are drawn too.
     """
+    import pandas as pd
+
     from eatlib import tables
 
     ratio, accuracy = f"test_{accounting}_ratio", "test_accuracy"
@@ -120,68 +125,49 @@ def tradeoff_figure(table: pd.DataFrame, margin: float, accounting: str = "publi
         standard = runs[runs["lambda"] == 0]
         if len(standard):
             top = standard[accuracy].mean()
-            axis.axhspan(top - margin, top, color="0.9", zorder=0, label=f"at most {100 * margin:g} points below ST")
-        means = runs.groupby(tables.SETTING)[[ratio, accuracy]].mean()
-        front = pareto_front(means, ratio, accuracy)
+            band = f"test accuracy at most {100 * margin:g} points below ST"
+            axis.axhspan(top - margin, top, color="0.9", zorder=0, label=band)
+        means = []
+        for side, part, shown in (
+            (STANDARD, standard, standard),
+            (AWARE, runs[runs["lambda"] > 0], tables.competitors(runs)),
+        ):
+            learned, collapsed = part[~part["collapsed"]], part[part["collapsed"]]
+            style = {"color": COLORS[side], "marker": MARKERS[side]}
+            axis.scatter(learned[ratio], learned[accuracy], s=10, alpha=0.6, zorder=2, **style)
+            whole = shown.groupby(tables.SETTING).filter(lambda setting: not setting["collapsed"].any())
+            means.append(whole.groupby(tables.SETTING)[[ratio, accuracy]].mean())
+            name = f"{side} (ST)" if side == STANDARD else f"{side}, λ beside"
+            axis.scatter(means[-1][ratio], means[-1][accuracy], s=42, edgecolor="white", zorder=3, label=name, **style)
+            cross = {"color": "black", "marker": "x", "s": 24, "linewidth": 1.2}
+            name = "collapsed to chance" if len(collapsed) else None
+            axis.scatter(collapsed[ratio], collapsed[accuracy], zorder=4, label=name, **cross)
+        centers = pd.concat([part for part in means if len(part)]) if any(map(len, means)) else means[0]
+        front = pareto_front(centers, ratio, accuracy)
         axis.plot(front[ratio], front[accuracy], color="0.4", linewidth=1.2, zorder=1, label="Pareto front")
-        for side, part in ((STANDARD, standard), (AWARE, runs[runs["lambda"] > 0])):
-            for collapsed, marker, size in ((False, MARKERS[side], 10), (True, "x", 28)):
-                some = part[part["collapsed"] == collapsed]
-                axis.scatter(
-                    some[ratio],
-                    some[accuracy],
-                    s=size,
-                    color=COLORS[side],
-                    marker=marker,
-                    alpha=0.6,
-                    zorder=2,
-                    label="collapsed to chance" if collapsed and len(some) else None,
-                )
-            center = part.groupby(tables.SETTING)[[ratio, accuracy]].mean()
-            axis.scatter(
-                center[ratio],
-                center[accuracy],
-                s=42,
-                color=COLORS[side],
-                marker=MARKERS[side],
-                label=f"{side} (ST)" if side == STANDARD else f"{side}, λ beside",
-                edgecolor="white",
-                zorder=3,
-            )
         picked = chosen[(chosen[tables.GROUP] == list(group)).all(axis=1)][tables.SETTING].dropna()
         for setting in picked.itertuples(index=False, name=None):
-            axis.scatter(
-                *means.loc[setting][[ratio, accuracy]],
-                s=130,
-                facecolor="none",
-                edgecolor="black",
-                linewidth=1.2,
-                label="selected on validation",
-                zorder=4,
-            )
-        # With many settings, as in an ablation, only those that somebody would choose are named.
-        sigmas = runs[runs["lambda"] > 0]["sigma"].unique()
-        named = means if len(means) <= 8 else means.loc[[*front.index, *picked.itertuples(index=False, name=None)]]
-        for setting, point in named.drop_duplicates().iterrows():
-            value = dict(zip(tables.SETTING, setting, strict=True))
-            if value["lambda"] > 0:
-                sigma = f", σ {value['sigma']:g}" if len(sigmas) > 1 else ""
-                axis.annotate(
-                    f"{value['lambda']:g}{sigma}",
-                    (point[ratio], point[accuracy]),
-                    textcoords="offset points",
-                    xytext=(6, -9),
-                    fontsize=8,
-                    color="0.3",
-                )
+            ring = {"facecolor": "none", "edgecolor": "black", "linewidth": 1.2}
+            axis.scatter(*centers.loc[setting], s=130, zorder=4, label="selected on validation", **ring)
+        _name_points(axis, means[1], set(front.index) | set(picked.itertuples(index=False, name=None)))
         _draw_references(axis, group, runs, accounting)
-        axis.set(
-            title=tables.title_of(group, runs).replace(" (", "\n("),
-            xlabel=f"energy ratio ({accounting})",
-            ylabel="test accuracy",
-        )
+        axis.set(title=tables.title_of(group, runs), xlabel=f"energy ratio ({accounting})", ylabel="test accuracy")
         axis.margins(0.12)
     return _finish(figure, list(axes.values()), label)
+
+
+def _name_points(axis: Axes, centers: pd.DataFrame, best: set[tuple[object, ...]]) -> None:
+    """Write lambda beside each mean, and what else of the penalty differs among them; if they are many, the best's."""
+    settings = centers.index.to_frame()
+    words = {"sigma": "σ {:g}", "warmup_epochs": "warm-up {}", "lambda": "{:g}"}
+    varying = [key for key in settings if key == "lambda" or len(settings[key].unique()) > 1]
+    for setting, point in centers.iterrows():
+        if len(centers) > 8 and setting not in best:
+            continue
+        values = dict(zip(settings.columns, setting, strict=True))
+        text = ", ".join(words.get(key, "{}").format(values[key]) for key in reversed(varying))
+        place = {"textcoords": "offset points", "xytext": (6, -9)}
+        axis.annotate(text, tuple(point), fontsize=8, color="0.3", **place)
 
 
 def _draw_references(axis: Axes, group: tuple[str, str], runs: pd.DataFrame, accounting: str) -> None:
@@ -195,15 +181,14 @@ def _draw_references(axis: Axes, group: tuple[str, str], runs: pd.DataFrame, acc
         axis.plot(
             [paper.st_ratio, paper.eat_ratio],
             [paper.st_accuracy, paper.eat_accuracy],
-            color="0.2",
+            color="0.4",
             linestyle=":",
             linewidth=1,
-            marker="*",
-            markersize=9,
-            markerfacecolor="white",
-            label="the paper, at its scale: ST (right), EAT",
             zorder=2,
         )
+        for side in (STANDARD, AWARE):
+            place = (paper.st_ratio, paper.st_accuracy) if side == STANDARD else (paper.eat_ratio, paper.eat_accuracy)
+            axis.scatter(*place, s=70, marker="*", color=COLORS[side], zorder=2, label=f"{side} in the paper")
     if group[1] in ("resnet18", "vgg16"):
         first = runs.iloc[0]
         keys = ("model", "classes", "image_size", "width", "energy_batch_size", "hardware")
@@ -215,33 +200,45 @@ def ablation_figure(table: pd.DataFrame, accounting: str = "published", *, label
     """The paper's figure 3: test accuracy and energy ratio over lambda, a line a sigma, mean over seeds.
 
     Returns:
-        None if no data set and network has runs of several sigmas; a row for each that has.
+        None if nothing was run with several sigmas; else a row for each data set, network and penalty that was.
     """
     import seaborn as sns
 
     from eatlib import tables
 
+    rest = [key for key in tables.SETTING if key not in ("sigma", "lambda")]
     penalised = table[table["lambda"] > 0]
-    sigmas = penalised.groupby(tables.GROUP, sort=False)["sigma"].nunique()
-    groups = list(sigmas[sigmas > 1].index)
-    if not groups:
+    kinds = penalised.groupby([*tables.GROUP, *rest], sort=False).filter(lambda part: len(part["sigma"].unique()) > 1)
+    if kinds.empty:
         return None
+    kinds = list(kinds.groupby([*tables.GROUP, *rest], sort=False))
     columns = (("test_accuracy", "test accuracy"), (f"test_{accounting}_ratio", f"energy ratio ({accounting})"))
-    figure, axes = plt.subplots(len(groups), 2, figsize=(9, 3.2 * len(groups)), squeeze=False, layout="constrained")
-    for row, group in zip(axes, groups, strict=True):
-        runs = table[(table[tables.GROUP] == list(group)).all(axis=1)]
-        values = sorted(runs[runs["lambda"] > 0]["sigma"].unique())
-        shades = sns.color_palette("viridis", len(values) + 1)
+    figure, axes = plt.subplots(len(kinds), 2, figsize=(9, 3.2 * len(kinds)), squeeze=False, layout="constrained")
+    for row, (kind, runs) in zip(axes, kinds, strict=True):
+        group = kind[: len(tables.GROUP)]
+        standard = table[(table[tables.GROUP] == list(group)).all(axis=1) & (table["lambda"] == 0)]
+        shades = sns.color_palette("viridis", len(runs["sigma"].unique()) + 1)
         for axis, (column, name) in zip(row, columns, strict=True):
-            for value, shade, marker in zip(values, shades, "osD^vP*X", strict=False):
-                line = runs[(runs["sigma"] == value) & (runs["lambda"] > 0)].groupby("lambda")[column].mean()
-                axis.plot(line.index, line, color=shade, marker=marker, markersize=5, label=f"σ = {value:g}")
-            standard = runs[runs["lambda"] == 0][column].mean()
-            axis.axhline(standard, color=COLORS[STANDARD], linestyle="--", linewidth=1, label=STANDARD)
-            axis.set(xscale="log", xlabel="λ", ylabel=name, title=tables.title_of(group, runs))
-            ticks = sorted(runs[runs["lambda"] > 0]["lambda"].unique())
+            for index, (value, part) in enumerate(runs.groupby("sigma")):
+                line = part.groupby("lambda")[column].mean()
+                seeds = len(part["seed"].unique())
+                text = f"σ = {value:g} ({seeds} seed{'s' if seeds > 1 else ''})"
+                marker = "osD^vP*X"[index % 8]
+                axis.plot(line.index, line, color=shades[index], marker=marker, markersize=5, label=text)
+            collapsed = runs[runs["collapsed"]]
+            name_of_cross = "collapsed to chance" if len(collapsed) else None
+            axis.scatter(
+                collapsed["lambda"], collapsed[column], color="black", marker="x", zorder=4, label=name_of_cross
+            )
+            axis.axhline(standard[column].mean(), color=COLORS[STANDARD], linestyle="--", linewidth=1, label=STANDARD)
+            axis.set(xscale="log", xlabel="λ", ylabel=name)
+            ticks = sorted(runs["lambda"].unique())
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axis.minorticks_off()
+        different = [f"{key} {value}" for key, value in zip(rest, kind[len(group) :], strict=True)]
+        title = tables.title_of(group, runs)
+        row[0].set_title(f"{title}\n{', '.join(different)}" if len(kinds) > len({k[:2] for k, _ in kinds}) else title)
+        row[1].set_title(tables.name_of(group))
     return _finish(figure, list(axes.flat), label)
 
 
@@ -291,9 +288,11 @@ def firing_figure(results: Sequence[RunResult], chosen: pd.DataFrame, model: str
             if end - start > 2:
                 axis.text((start + end - 1) / 2, 1.02, layers[start].kind, ha="center", fontsize=8, color="0.3")
         axis.set_xlim(-0.6, len(layers) - 0.4)
-        runs = pd.DataFrame([result.data.model_dump() for result in own])
-        lambda_ = "" if pd.isna(setting["lambda"]) else f", λ = {setting['lambda']:g}, σ = {setting['sigma']:g}"
-        axis.set_title(tables.title_of(setting[tables.GROUP], runs) + lambda_, loc="left", pad=14)
+        lambda_ = ", no setting within the margin"
+        if not pd.isna(setting["lambda"]):
+            lambda_ = f", λ = {setting['lambda']:g}, σ = {setting['sigma']:g}"
+        runs = pd.DataFrame([table_row(result) for result in own])
+        axis.set_title(tables.title_of(setting[tables.GROUP], runs).replace("\n", " ") + lambda_, loc="left", pad=14)
     if label:
         figure.suptitle(label, fontsize=9, color="0.35", wrap=True)
     return figure
@@ -332,11 +331,15 @@ def curves_figure(history: Sequence[Epoch]) -> Figure:
     return figure
 
 
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write the figure as PNG and PDF."""
+def save(figure: Figure, folder: Path, name: str, *, source: str = "") -> list[Path]:
+    """Write the figure as PNG and PDF.
+
+    Args:
+        source: kept in the PNG, `StudyResults.digest` of what the figure shows.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.{suffix}" for suffix in ("png", "pdf")]
     for path in paths:
         # The date would make each rendering of the same results another file.
-        figure.savefig(path, metadata={"CreationDate": None} if path.suffix == ".pdf" else None)
+        figure.savefig(path, metadata={"CreationDate": None} if path.suffix == ".pdf" else {"Source": source})
     return paths

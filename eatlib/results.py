@@ -1,5 +1,6 @@
 """What a run leaves behind: one validated JSON, written whole or not at all, and a table of many."""
 
+import hashlib
 import json
 import os
 import platform
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from eatlib.config import EXECUTION_FIELDS, RunConfig, Study, explain
+from eatlib.config import EXECUTION_FIELDS, PENALTY_FIELDS, RunConfig, Study, explain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -261,6 +262,10 @@ class StudyResults:
         parts = ", ".join(f"{count} by {name}" for name, count in commits.items())
         return f"MIXED: the runs were made by different versions of the code: {parts}."
 
+    def digest(self) -> str:
+        """SHA-256 over the results, by which a figure can be told to be of them."""
+        return hashlib.sha256("".join(result.model_dump_json() for result in self.results).encode()).hexdigest()
+
     def table(self) -> "pd.DataFrame":
         """One row a run: the configuration's fields, and accuracies and energies as `<split>_<quantity>`.
 
@@ -269,16 +274,24 @@ class StudyResults:
         """
         import pandas as pd  # a slow import that a training run does without
 
-        return pd.DataFrame([_row(result) for result in self.results])
+        return pd.DataFrame([table_row(result) for result in self.results])
 
 
 def table_values(config: RunConfig) -> dict[str, Any]:
-    """The fields of a configuration that say what is computed, as values that rows can be grouped by."""
+    """The fields of a configuration that say what is computed, as values that rows can be grouped by.
+
+    The penalty's fields say nothing where lambda is 0: standard training has one value in each.
+    """
     values = {key: value for key, value in config.to_dict().items() if key not in EXECUTION_FIELDS}
-    return values | {"penalty_layers": str(values["penalty_layers"])}
+    if config.lambda_ == 0:
+        values |= {key: RunConfig.model_fields[key].default for key in PENALTY_FIELDS}
+    elif not isinstance(values["penalty_layers"], str):
+        values["penalty_layers"] = ", ".join(values["penalty_layers"])  # a list could not be grouped by
+    return values
 
 
-def _row(result: RunResult) -> dict[str, Any]:
+def table_row(result: RunResult) -> dict[str, Any]:
+    """One row of `StudyResults.table`."""
     row = table_values(result.config)
     for split in ("validation", "test"):
         evaluation: Evaluation = getattr(result, split)
@@ -295,6 +308,7 @@ def _row(result: RunResult) -> dict[str, Any]:
         "classes": classes,
         # Whatever the shares of the classes are: one that is always predicted gives exactly chance.
         "collapsed": result.test.macro_accuracy <= chance + 0.05 * (1 - chance),
+        "validation_collapsed": result.validation.macro_accuracy <= chance + 0.05 * (1 - chance),
         "test_relu_firing": sum(relus) / len(relus) if relus else None,
         "complete": result.data.complete,
         "source_train": result.data.source_train,

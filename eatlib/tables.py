@@ -17,12 +17,12 @@ from typing import Any
 
 import pandas as pd
 
-from eatlib.config import RunConfig
+from eatlib.config import PENALTY_FIELDS, RunConfig
 from eatlib.results import ROOT, StudyResults, table_values, write_atomically
 
 ACCOUNTINGS = ("published", "fused")
 GROUP = ["dataset", "model"]
-SETTING = ["penalty", "penalty_layers", "penalty_normalization", "sigma", "warmup_epochs", "lambda"]
+SETTING = [*PENALTY_FIELDS, "lambda"]
 NAMES = {
     "resnet18": "ResNet-18",
     "vgg16": "VGG-16",
@@ -56,20 +56,37 @@ PAPER = {
 
 
 def name_of(group: Sequence[str]) -> str:
-    """A data set, or data set and network, as a reader writes them."""
-    return ", ".join(NAMES.get(item, item) for item in group)
+    """A data set, or data set and network, as a reader writes them; of a folder, its last part."""
+    return ", ".join(NAMES.get(item, Path(item).name if item.startswith("folder:") else item) for item in group)
 
 
 def title_of(group: Sequence[str], runs: pd.DataFrame) -> str:
-    """The data set and network, and how many images there are if it is not the complete data set."""
-    if runs["complete"].all():
+    """The data set and network, and in a second line the images of these runs, unless they are a complete data set."""
+    first = runs.iloc[0]
+    used = {split: first[f"{split}_images"] for split in ("train", "validation", "test")}
+    whole = used["train"] + used["validation"] == first["source_train"] and used["test"] == first["source_test"]
+    if runs["complete"].all() and whole:
         return name_of(group)
-    train, test = runs["source_train"].max(), runs["source_test"].max()
-    return f"{name_of(group)} (partial data: {train:,} + {test:,} images)"
+    source = "" if runs["complete"].all() else ", of partial data"
+    return f"{name_of(group)}\n({used['train']:,} training, {used['test']:,} test images{source})"
 
 
 def _data_of(dataset: str, runs: pd.DataFrame) -> str:
     return name_of([dataset]) + ("" if runs["complete"].all() else " (partial data)")
+
+
+def mixed(table: pd.DataFrame) -> list[str]:
+    """Where runs of one data set and network differ in more than penalty and seed: their means would mean nothing."""
+    own = {*GROUP, *SETTING, "seed"}
+    fields = [field.alias or name for name, field in RunConfig.model_fields.items()]
+    lines = []
+    for group, runs in groups(table):
+        different = [f for f in fields if f in table and f not in own and len(runs[f].unique()) > 1]
+        if different:
+            lines.append(
+                f"MIXED: the runs of {name_of(group)} differ in {', '.join(different)}: make each its own study"
+            )
+    return lines
 
 
 def setting_of(config: RunConfig) -> list[Any]:
@@ -84,6 +101,7 @@ def select(table: pd.DataFrame, margin: float, accounting: str = "published") ->
     Among the settings whose validation accuracy, averaged over seeds, is at most `margin` below standard
     training's, the one with the lowest validation energy ratio. The test split has no say. Settings that were tried
     with fewer seeds than others, as in an ablation, do not compete: the lowest of many single runs is mostly luck.
+    Nor do those of which a run collapsed; where standard training itself did, nothing is selected.
 
     Args:
         table: of `StudyResults.table`.
@@ -93,17 +111,30 @@ def select(table: pd.DataFrame, margin: float, accounting: str = "published") ->
     """
     ratio = f"validation_{accounting}_ratio"
     rows = []
-    for group, runs in table.groupby(GROUP, sort=False):
+    for group, runs in groups(table):
         standard = runs[runs["lambda"] == 0]
         if standard.empty:
             continue
-        penalised = runs[runs["lambda"] > 0].groupby(SETTING)
-        means = penalised[["validation_accuracy", ratio]].mean()
-        means = means[penalised.size() == penalised.size().max()].reset_index()
+        competing = competitors(runs)
+        competing = competing.groupby(SETTING).filter(lambda part: not part["validation_collapsed"].any())
+        means = competing.groupby(SETTING)[["validation_accuracy", ratio]].mean().reset_index()
         allowed = means[means["validation_accuracy"] >= standard["validation_accuracy"].mean() - margin]
-        chosen = allowed.loc[allowed[ratio].idxmin(), SETTING].to_dict() if len(allowed) else {}
+        learned = len(allowed) and not standard["validation_collapsed"].any()
+        chosen = allowed.loc[allowed[ratio].idxmin(), SETTING].to_dict() if learned else {}
         rows.append(dict(zip(GROUP, group, strict=True)) | chosen)
     return pd.DataFrame(rows, columns=[*GROUP, *SETTING])
+
+
+def groups(table: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]]:
+    """The runs of each data set and network, in the order of the study; none for a study without results."""
+    return list(table.groupby(GROUP, sort=False)) if len(table) else []
+
+
+def competitors(runs: pd.DataFrame) -> pd.DataFrame:
+    """Of the runs of one data set and network with a penalty, those of the settings with the most seeds."""
+    penalised = runs[runs["lambda"] > 0]
+    seeds = penalised.groupby(SETTING)["seed"].transform("size")
+    return penalised[seeds == seeds.max()]
 
 
 def runs_of(table: pd.DataFrame, setting: pd.Series) -> pd.DataFrame:
@@ -137,7 +168,41 @@ def tradeoff_table(table: pd.DataFrame, margin: float, accounting: str = "publis
             row["energy_decrease"] = 1 - row["eat_ratio"] / row["st_ratio"]
             row["energy_decrease_std"] = (1 - by_seed[1] / by_seed[0]).std()
             rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=_TRADEOFF)
+
+
+_TRADEOFF = [
+    *(*GROUP, "data", "lambda", "sigma", "accounting", "st_seeds", "eat_seeds"),
+    *(
+        f"{side}_{quantity}{what}"
+        for side in ("st", "eat")
+        for quantity in ("accuracy", "ratio")
+        for what in ("", "_std")
+    ),
+    *("energy_decrease", "energy_decrease_std"),
+]
+
+
+def gains(table: pd.DataFrame) -> list[str]:
+    """What `tradeoff_table` says of energy-aware training, in a sentence an accounting, and where it says little."""
+    lines = []
+    selected = table.dropna(subset="energy_decrease")
+    for accounting, rows in selected.groupby("accounting", sort=False):
+        several = rows.dropna(subset="energy_decrease_std")
+        beyond = (several["energy_decrease"] > 2 * several["energy_decrease_std"]).sum()
+        decrease = rows["energy_decrease"]
+        line = f"{accounting}: the energy decrease is {decrease.min():.1%} to {decrease.max():.1%}"
+        if len(several):
+            seeds = several[["st_seeds", "eat_seeds"]].min(axis=None)
+            line += f", more than twice its spread over seeds ({seeds} or more) in {beyond} of {len(several)} cases"
+        lines.append(line + ".")
+    for _, row in table[table["accounting"] == ACCOUNTINGS[0]].iterrows():
+        where = f"{row['data']}, {name_of([row['model']])}"
+        if pd.isna(row["energy_decrease"]):
+            lines.append(f"{where}: no setting is within the margin, or standard training did not learn.")
+        elif row["st_accuracy_std"] > 0.03:
+            lines.append(f"{where}: the accuracy of standard training itself varies by ± {row['st_accuracy_std']:.3f}.")
+    return lines
 
 
 def _spread(row: pd.Series, key: str, form: str = ".3f", absent: str = "none within the margin") -> str:
@@ -218,7 +283,7 @@ def settings_table(table: pd.DataFrame) -> pd.DataFrame:
     seeds that ended at chance.
     """
     rows = []
-    for group, runs in table.groupby(GROUP, sort=False):
+    for group, runs in groups(table):
         standard = runs[runs["lambda"] == 0]
         penalised = runs[runs["lambda"] > 0].groupby(SETTING, sort=False)
         for values, part in [(None, standard), *penalised]:
@@ -226,7 +291,7 @@ def settings_table(table: pd.DataFrame) -> pd.DataFrame:
                 continue
             setting = dict.fromkeys(SETTING, "") if values is None else dict(zip(SETTING, values, strict=True))
             means = {}
-            for column in ("test_accuracy", "test_published_ratio", "test_fused_ratio"):
+            for column in ("test_accuracy", "test_macro_accuracy", "test_published_ratio", "test_fused_ratio"):
                 means |= {column: part[column].mean(), f"{column}_std": part[column].std()}
             row = pd.Series(means)
             relus = part["test_relu_firing"].mean() / standard["test_relu_firing"].mean()
@@ -234,13 +299,14 @@ def settings_table(table: pd.DataFrame) -> pd.DataFrame:
                 {
                     "data set": _data_of(group[0], runs),
                     "network": name_of([group[1]]),
-                    "penalty": setting["penalty"] or "none (ST)",
+                    "penalty": setting["penalty"],
                     "layers": setting["penalty_layers"],
                     "normalisation": setting["penalty_normalization"],
                     "warm-up": setting["warmup_epochs"],
                     "σ": setting["sigma"] and f"{setting['sigma']:g}",
-                    "λ": setting["lambda"] and f"{setting['lambda']:g}",
+                    "λ": f"{setting['lambda']:g}" if setting["lambda"] else "0 (ST)",
                     "accuracy": _spread(row, "test_accuracy"),
+                    "macro accuracy": _spread(row, "test_macro_accuracy"),
                     "published ratio": _spread(row, "test_published_ratio"),
                     "fused ratio": _spread(row, "test_fused_ratio"),
                     "ReLU firing": "" if pd.isna(relus) else f"{relus:.0%}",
@@ -250,23 +316,27 @@ def settings_table(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).astype(str)
 
 
-def varying(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of text without the columns that say the same in each row that says anything."""
-    return table[[name for name in table if len(set(table[name]) - {""}) > 1 or name in ("data set", "network")]]
+def varying(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """`settings_table` without the columns of the penalty that say the same in each row, and what these say."""
+    columns = [c for c in ("penalty", "layers", "normalisation", "warm-up", "σ") if c in table]
+    said = {column: set(table[column]) - {""} for column in columns}
+    same = {column: values.pop() for column, values in said.items() if len(values) == 1}
+    return table.drop(columns=list(same)), ", ".join(f"{column} {value}" for column, value in same.items())
 
 
 def markdown(table: pd.DataFrame) -> str:
     """A table of text as Markdown."""
     rows = [table.columns, ["---"] * len(table.columns), *table.itertuples(index=False)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    cells = [[re.sub(r"([|*])", r"\\\1", cell) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
-def save(table: pd.DataFrame, folder: Path, name: str) -> list[Path]:
-    """Write a table of text as CSV and as Markdown."""
-    texts = {"csv": table.to_csv(index=False), "md": markdown(table) + "\n"}
-    paths = [folder / f"{name}.{suffix}" for suffix in texts]
-    for path, text in zip(paths, texts.values(), strict=True):
-        write_atomically(path, text)
+def save(table: pd.DataFrame, folder: Path, name: str, notes: Sequence[str]) -> list[Path]:
+    """Write a table of text as CSV and as Markdown, each under what there is to know about its scale."""
+    csv = "".join(f"# {note}\n" for note in notes) + table.to_csv(index=False)
+    paths = [folder / f"{name}.csv", folder / f"{name}.md"]
+    write_atomically(paths[0], csv)  # pandas.read_csv(path, comment="#")
+    write_atomically(paths[1], f"{_bullets(notes)}\n\n{markdown(table)}\n")
     return paths
 
 
@@ -295,10 +365,10 @@ def fill_in(text: str, reference: Path = ROOT / "results" / "reference") -> str:
 
     def settings(match: re.Match[str]) -> str:
         found = StudyResults.load(reference / match[1])
-        shown = markdown(varying(settings_table(found.table())))
+        shown, same = varying(settings_table(found.table()))
+        notes = _bullets([*found.scale(), f"the same in all: {same}"])
         return (
-            f"<!-- settings:{match[1]} -->\n**{found.study.label}**\n\n{_bullets(found.scale())}\n\n{shown}\n"
-            "<!-- /settings -->"
+            f"<!-- settings:{match[1]} -->\n**{found.study.label}**\n\n{notes}\n\n{markdown(shown)}\n<!-- /settings -->"
         )
 
     text = re.sub(r"<!-- results:([\w.-]+) -->.*?<!-- /results -->", results, text, flags=re.DOTALL)

@@ -674,6 +674,10 @@ def test_bad_input_is_refused_with_advice() -> None:
         lambda x: torch.where(x > 0, x, 0): "gt",
         lambda x: x.masked_fill(x.isnan(), 0): "isnan|masked_fill",
         lambda x: x[:, :4]: "slice",
+        lambda x: x.split(4, 1)[0]: "split",
+        lambda x: x.sign().nan_to_num(): "sign",
+        lambda x: (x == 0).float(): "eq",
+        lambda x: x.int().float(): "_to_copy",
         lambda x: x[:, [0, 1]]: "index",
     }.items(),
 )

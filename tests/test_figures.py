@@ -5,12 +5,14 @@ import re
 import matplotlib as mpl
 import pandas as pd
 import pytest
+from PIL import Image
 
 from eatlib import figures, tables
 from eatlib.config import Study
 from eatlib.results import ROOT, StudyResults
 
 mpl.use("agg")
+REFERENCE = ROOT / "results" / "reference"
 
 
 def table_of(tmp_path, make_result, runs):
@@ -81,9 +83,51 @@ def test_partial_data_are_called_partial(tmp_path, make_result):
     assert "PARTIAL" not in found.scale()[0]
     table["complete"] = False
     assert set(tables.readable(tables.tradeoff_table(table, 0.03))["data set"]) == {"digits (partial data)"}
-    assert (
-        figures.tradeoff_figure(table, 0.03).axes[0].get_title() == "digits, ResNet-18\n(partial data: 80 + 10 images)"
-    )
+    title = figures.tradeoff_figure(table, 0.03).axes[0].get_title()
+    assert title == "digits, ResNet-18\n(70 training, 10 test images, of partial data)"
+
+
+def test_a_subset_of_a_complete_data_set_is_told_in_titles(tmp_path, make_result):
+    table = table_of(tmp_path, make_result, RUNS).table()
+    assert tables.title_of(["digits"], table) == "digits"
+    assert tables.title_of(["digits"], table.assign(test_images=5)) == "digits\n(70 training, 5 test images)"
+
+
+def test_a_setting_of_which_a_run_collapsed_is_not_selected(tmp_path, make_result):
+    table = table_of(tmp_path, make_result, RUNS).table()
+    one = (table["lambda"] == 2) & (table["seed"] == 1)
+    assert tables.select(table.assign(validation_collapsed=one), 0.03)["lambda"].tolist() == [1]
+    standard = (table["lambda"] == 0) & (table["seed"] == 1)
+    summary = tables.tradeoff_table(table.assign(validation_collapsed=standard), 0.03)
+    assert pd.isna(summary["energy_decrease"]).all()
+    assert any("did not learn" in line for line in tables.gains(summary))
+
+
+def test_runs_that_differ_in_more_than_penalty_and_seed_are_named(tmp_path, make_result):
+    table = table_of(tmp_path, make_result, RUNS).table()
+    assert tables.mixed(table) == []
+    other = pd.concat([table, table.assign(width=0.25, seed=2)])
+    assert tables.mixed(other) == ["MIXED: the runs of digits, ResNet-18 differ in width: make each its own study"]
+
+
+def test_standard_training_is_one_setting_whatever_the_penaltys_fields_say(tmp_path, make_result):
+    found = [make_result(sigma=sigma, warmup_epochs=0, seed=seed) for seed, sigma in enumerate((1e-2, 1e-4))]
+    assert tables.setting_of(found[0].config) == tables.setting_of(found[1].config)
+
+
+@pytest.mark.parametrize("kept", [[], [1, 2]])
+def test_tables_without_standard_training_are_empty_not_an_error(tmp_path, make_result, kept):
+    table = table_of(tmp_path, make_result, {value: RUNS[value] for value in kept} or {0: []}).table()
+    summary = tables.tradeoff_table(table, 0.03)
+    assert tables.readable(summary).empty
+    assert tables.paper_table(summary).empty
+    assert tables.gains(summary) == []
+    assert len(tables.settings_table(table)) == len(kept)
+
+
+def test_patterns_of_layers_survive_markdown():
+    text = tables.markdown(pd.DataFrame({"layers": ["features.relu*, a|b"]}))
+    assert text.splitlines()[-1] == "| features.relu\\*, a\\|b |"
 
 
 def test_no_setting_within_the_margin_is_said(tmp_path, make_result):
@@ -119,11 +163,12 @@ def test_the_papers_decreases_follow_from_its_ratios():
 def test_all_settings_are_listed_and_collapsed_runs_counted(tmp_path, make_result):
     table = table_of(tmp_path, make_result, RUNS | {10: [(0.5, 0.4), (0.9, 0.4)]}).table()
     shown = tables.settings_table(table)
-    assert shown["λ"].tolist() == ["", "1", "2", "5", "10"]
+    assert shown["λ"].tolist() == ["0 (ST)", "1", "2", "5", "10"]
     assert shown["collapsed"].tolist() == ["0 of 2"] * 4 + ["1 of 2"]
     assert shown["ReLU firing"].tolist()[:2] == ["100%", "90%"]
-    assert tables.varying(shown).columns.tolist()[:3] == ["data set", "network", "penalty"]
-    assert "σ" not in tables.varying(shown)
+    short, same = tables.varying(shown)
+    assert short.columns.tolist()[:3] == ["data set", "network", "λ"]
+    assert same == "penalty l0, layers relu, normalisation layer_mean, warm-up 0, σ 0.0001"
 
 
 def test_the_pareto_front_has_what_no_other_point_beats():
@@ -152,8 +197,8 @@ def test_the_ablation_has_a_line_a_sigma_and_is_not_drawn_for_one(tmp_path, make
     figure = figures.ablation_figure(pd.concat([table, other]), label="a label")
     accuracy, ratio = figure.axes
     lines = {line.get_label(): list(line.get_ydata()) for line in accuracy.get_lines()}
-    assert lines["σ = 0.0001"] == pytest.approx([0.91, 0.885, 0.85])
-    assert lines["σ = 0.01"] == [0.5] * 3
+    assert lines["σ = 0.0001 (2 seeds)"] == pytest.approx([0.91, 0.885, 0.85])
+    assert lines["σ = 0.01 (2 seeds)"] == [0.5] * 3
     assert ratio.get_ylabel() == "energy ratio (published)"
 
 
@@ -174,5 +219,18 @@ def test_the_readme_shows_the_committed_results():
     text = (ROOT / "README.md").read_text()
     assert "<!-- results:quick -->" in text
     assert tables.fill_in(text) == text
-    for picture in re.findall(r"\]\((results/\S+)\)", text):
-        assert (ROOT / picture).is_file()
+    pictures = [ROOT / picture for picture in re.findall(r"\]\((results/\S+)\)", text)]
+    assert pictures
+
+
+@pytest.mark.parametrize("folder", sorted(REFERENCE.glob("*/")), ids=lambda folder: folder.name)
+def test_the_committed_figures_and_tables_show_the_committed_results(folder):
+    """If not: ./run_all.sh STUDY --results results/reference"""
+    found = StudyResults.load(folder)
+    assert not found.problems
+    assert not found.missing
+    for name in ("tradeoff.png", *(path.name for path in folder.glob("firing_*.png"))):
+        assert Image.open(folder / name).text["Source"] == found.digest()
+    summary = tables.readable(tables.tradeoff_table(found.table(), found.study.margin))
+    saved = pd.read_csv(folder / "table.csv", comment="#", dtype=str, keep_default_na=False)
+    assert saved.to_dict("records") == summary.astype(str).to_dict("records")
