@@ -197,7 +197,9 @@ def _draw_references(axis: Axes, group: tuple[str, str], runs: pd.DataFrame, acc
 
 
 def ablation_figure(table: pd.DataFrame, accounting: str = "published", *, label: str = "") -> Figure | None:
-    """The paper's figure 3: test accuracy and energy ratio over lambda, a line a sigma, mean over seeds.
+    """The paper's figure 3: test accuracy and energy ratio over lambda, a line a sigma.
+
+    Means are over the seeds that all sigmas have.
 
     Returns:
         None if nothing was run with several sigmas; else a row for each data set, network and penalty that was.
@@ -217,14 +219,15 @@ def ablation_figure(table: pd.DataFrame, accounting: str = "published", *, label
     for row, (kind, runs) in zip(axes, kinds, strict=True):
         group = kind[: len(tables.GROUP)]
         standard = table[(table[tables.GROUP] == list(group)).all(axis=1) & (table["lambda"] == 0)]
+        seeds = set.intersection(*runs.groupby("sigma")["seed"].agg(set))
+        if seeds:
+            runs, standard = (part[part["seed"].isin(seeds)] for part in (runs, standard))
         shades = sns.color_palette("viridis", len(runs["sigma"].unique()) + 1)
         for axis, (column, name) in zip(row, columns, strict=True):
             for index, (value, part) in enumerate(runs.groupby("sigma")):
                 line = part.groupby("lambda")[column].mean()
-                seeds = len(part["seed"].unique())
-                text = f"σ = {value:g} ({seeds} seed{'s' if seeds > 1 else ''})"
                 marker = "osD^vP*X"[index % 8]
-                axis.plot(line.index, line, color=shades[index], marker=marker, markersize=5, label=text)
+                axis.plot(line.index, line, color=shades[index], marker=marker, markersize=5, label=f"σ = {value:g}")
             collapsed = runs[runs["collapsed"]]
             name_of_cross = "collapsed to chance" if len(collapsed) else None
             axis.scatter(
@@ -238,7 +241,7 @@ def ablation_figure(table: pd.DataFrame, accounting: str = "published", *, label
         different = [f"{key} {value}" for key, value in zip(rest, kind[len(group) :], strict=True)]
         title = tables.title_of(group, runs)
         row[0].set_title(f"{title}\n{', '.join(different)}" if len(kinds) > len({k[:2] for k, _ in kinds}) else title)
-        row[1].set_title(tables.name_of(group))
+        row[1].set_title(f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}" if seeds else "different seeds")
     return _finish(figure, list(axes.flat), label)
 
 

@@ -197,9 +197,12 @@ def test_the_ablation_has_a_line_a_sigma_and_is_not_drawn_for_one(tmp_path, make
     figure = figures.ablation_figure(pd.concat([table, other]), label="a label")
     accuracy, ratio = figure.axes
     lines = {line.get_label(): list(line.get_ydata()) for line in accuracy.get_lines()}
-    assert lines["σ = 0.0001 (2 seeds)"] == pytest.approx([0.91, 0.885, 0.85])
-    assert lines["σ = 0.01 (2 seeds)"] == [0.5] * 3
+    assert lines["σ = 0.0001"] == pytest.approx([0.91, 0.885, 0.85])
+    assert lines["σ = 0.01"] == [0.5] * 3
     assert ratio.get_ylabel() == "energy ratio (published)"
+    few = figures.ablation_figure(pd.concat([table, other[other["seed"] == 0]]))
+    lines = {line.get_label(): list(line.get_ydata()) for line in few.axes[0].get_lines()}
+    assert lines["σ = 0.0001"] == pytest.approx([0.91, 0.90, 0.80]), "seed 0 alone, as for the other sigma"
 
 
 @pytest.mark.parametrize("kept", [[0, 1, 2, 5], [0], [0, 5]])
