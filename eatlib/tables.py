@@ -183,8 +183,8 @@ _TRADEOFF = [
 ]
 
 
-def gains(table: pd.DataFrame) -> list[str]:
-    """What `tradeoff_table` says of energy-aware training, in a sentence an accounting, and where it says little."""
+def gains(table: pd.DataFrame, margin: float) -> list[str]:
+    """What `tradeoff_table` says, a sentence an accounting, and where seeds differ by more than the margin."""
     lines = []
     selected = table.dropna(subset="energy_decrease")
     for accounting, rows in selected.groupby("accounting", sort=False):
@@ -200,7 +200,7 @@ def gains(table: pd.DataFrame) -> list[str]:
         where = f"{row['data']}, {name_of([row['model']])}"
         if pd.isna(row["energy_decrease"]):
             lines.append(f"{where}: no setting is within the margin, or standard training did not learn.")
-        elif row["st_accuracy_std"] > 0.03:
+        elif row["st_accuracy_std"] > margin:
             lines.append(f"{where}: the accuracy of standard training itself varies by ± {row['st_accuracy_std']:.3f}.")
     return lines
 

@@ -100,7 +100,7 @@ def test_a_setting_of_which_a_run_collapsed_is_not_selected(tmp_path, make_resul
     standard = (table["lambda"] == 0) & (table["seed"] == 1)
     summary = tables.tradeoff_table(table.assign(validation_collapsed=standard), 0.03)
     assert pd.isna(summary["energy_decrease"]).all()
-    assert any("did not learn" in line for line in tables.gains(summary))
+    assert any("did not learn" in line for line in tables.gains(summary, 0.03))
 
 
 def test_runs_that_differ_in_more_than_penalty_and_seed_are_named(tmp_path, make_result):
@@ -121,7 +121,7 @@ def test_tables_without_standard_training_are_empty_not_an_error(tmp_path, make_
     summary = tables.tradeoff_table(table, 0.03)
     assert tables.readable(summary).empty
     assert tables.paper_table(summary).empty
-    assert tables.gains(summary) == []
+    assert tables.gains(summary, 0.03) == []
     assert len(tables.settings_table(table)) == len(kept)
 
 
