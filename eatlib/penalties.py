@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from types import MethodType
 from typing import Any, Literal, get_args
 from weakref import WeakSet
@@ -80,32 +81,37 @@ def _finite(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Surrogate:
-    """A penalty, and how to compute it and its gradient in blocks with the fewest passes over memory.
+    """A penalty, and how to compute it and its gradient with the fewest passes over float32 vectors.
 
     Attributes:
         formula: the pure function.
-        sums: (x, sigma, scratch) -> what has to be summed over the blocks.
+        sums: (x, sigma, scratch) -> what has to be summed over the elements.
         value: (sums, elements, sigma) -> the penalty.
         add_gradient: (gradient, x, sigma, factor, sums, scratch) adds `factor` times the penalty's gradient at x.
     """
 
     formula: Callable[[Tensor, float], Tensor]
     sums: Callable[[Tensor, float, Tensor], tuple[Tensor, ...]]
-    value: Callable[[list[float], int, float], float]
-    add_gradient: Callable[[Tensor, Tensor, float, float, list[float], Tensor], object]
+    value: Callable[[list[Tensor], int, float], Tensor]
+    add_gradient: Callable[[Tensor, Tensor, float, float, list[Tensor], Tensor], object]
 
 
-def _l0_sums(x: Tensor, sigma: float, scratch: Tensor) -> tuple[Tensor, ...]:
-    torch.addcmul(_ONE, x, x, value=1 / sigma, out=scratch)
-    return (scratch.reciprocal_().sum(),)
+@cache
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), device=device)
 
 
-def _l0_gradient(gradient: Tensor, x: Tensor, sigma: float, factor: float, sums: list[float], scratch: Tensor) -> None:
-    torch.addcmul(_ONE, x, x, value=1 / sigma, out=scratch)
+def _one_plus(x: Tensor, sigma: float, out: Tensor) -> Tensor:
+    """1 + x^2 / sigma"""
+    return torch.addcmul(_one(x.device), x, x, value=1 / sigma, out=out)
+
+
+def _l0_gradient(gradient: Tensor, x: Tensor, sigma: float, factor: float, sums: list[Tensor], scratch: Tensor) -> None:
+    _one_plus(x, sigma, scratch)
     gradient.addcdiv_(x, scratch.mul_(scratch), value=2 * factor / sigma)
 
 
-def _l1_gradient(gradient: Tensor, x: Tensor, sigma: float, factor: float, sums: list[float], scratch: Tensor) -> None:
+def _l1_gradient(gradient: Tensor, x: Tensor, sigma: float, factor: float, sums: list[Tensor], scratch: Tensor) -> None:
     gradient.add_(torch.sign(x, out=scratch), alpha=factor)
 
 
@@ -113,28 +119,34 @@ def _hoyer_sums(x: Tensor, sigma: float, scratch: Tensor) -> tuple[Tensor, ...]:
     return torch.abs(x, out=scratch).sum(), torch.mul(x, x, out=scratch).sum(dtype=torch.float64)
 
 
-def _hoyer_gradient(
-    gradient: Tensor, x: Tensor, sigma: float, factor: float, sums: list[float], scratch: Tensor
-) -> None:
+def _hoyer_ratio(sums: list[Tensor]) -> Tensor:
     total, squares = sums
-    if squares:
-        ratio = total / squares
-        gradient.add_(torch.sign(x, out=scratch), alpha=2 * factor * ratio)
-        gradient.add_(x, alpha=-2 * factor * ratio**2)
+    return total / torch.where(squares == 0, 1, squares)
+
+
+def _hoyer_gradient(
+    gradient: Tensor, x: Tensor, sigma: float, factor: float, sums: list[Tensor], scratch: Tensor
+) -> None:
+    ratio = _hoyer_ratio(sums)
+    gradient.add_(torch.sign(x, out=scratch).mul_(ratio), alpha=2 * factor)
+    gradient.add_(torch.mul(x, ratio.square(), out=scratch), alpha=-2 * factor)
 
 
 def _transformed_l1_gradient(
-    gradient: Tensor, x: Tensor, sigma: float, factor: float, sums: list[float], scratch: Tensor
+    gradient: Tensor, x: Tensor, sigma: float, factor: float, sums: list[Tensor], scratch: Tensor
 ) -> None:
     torch.abs(x, out=scratch).add_(sigma)
     scratch.mul_(scratch)
     gradient.addcdiv_(torch.sign(x), scratch, value=factor * sigma * (1 + sigma))
 
 
-_ONE = torch.ones(())
-
 PENALTIES: dict[str, _Surrogate] = {
-    "l0": _Surrogate(l0, _l0_sums, lambda sums, elements, sigma: elements - sums[0], _l0_gradient),
+    "l0": _Surrogate(
+        l0,
+        lambda x, sigma, scratch: (_one_plus(x, sigma, scratch).reciprocal_().sum(),),
+        lambda sums, elements, sigma: elements - sums[0],
+        _l0_gradient,
+    ),
     "l1": _Surrogate(
         l1,
         lambda x, sigma, scratch: (torch.abs(x, out=scratch).sum(),),
@@ -144,7 +156,7 @@ PENALTIES: dict[str, _Surrogate] = {
     "hoyer": _Surrogate(
         hoyer,
         _hoyer_sums,
-        lambda sums, elements, sigma: sums[0] ** 2 / sums[1] if sums[1] else 0.0,
+        lambda sums, elements, sigma: sums[0] * _hoyer_ratio(sums),
         _hoyer_gradient,
     ),
     "transformed_l1": _Surrogate(
@@ -162,9 +174,9 @@ def _flatten(x: Tensor, like: Tensor) -> Tensor:
     return x.permute(_order(like)).reshape(-1)
 
 
-def _unflatten(vector: Tensor, like: Tensor) -> Tensor:
-    order = _order(like)
-    return vector.view([like.shape[i] for i in order]).permute(sorted(range(len(order)), key=order.__getitem__))
+def _empty_like(x: Tensor) -> Tensor:
+    """Dense, of which `_flatten(..., x)` is a view. (A view of a vector would do, but autograd adds to no view.)"""
+    return torch.empty_permuted(x.shape, _order(x), dtype=x.dtype, device=x.device)
 
 
 def _order(x: Tensor) -> list[int]:
@@ -172,50 +184,56 @@ def _order(x: Tensor) -> list[int]:
 
 
 def _in_blocks(x: Tensor) -> bool:
-    return x.device.type == "cpu"  # elsewhere blocks have no cache to stay in, and reading a sum makes the device wait
+    return x.device.type == "cpu"  # elsewhere blocks have no cache to stay in
 
 
-def _blocks(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Blocks of vectors of equal length, and scratch memory for one block."""
-    scratch = torch.empty(min(_BLOCK, len(vectors[0])))
-    for blocks in zip(*(vector.split(_BLOCK) for vector in vectors), strict=True):
-        yield *blocks, scratch[: len(blocks[0])]
+class _Term:
+    """A penalty with its sigma, and memory to compute it in, which is kept: new memory is slow."""
+
+    def __init__(self, surrogate: _Surrogate, sigma: float) -> None:
+        self.surrogate = surrogate
+        self.sigma = sigma
+        self._scratch: tuple[Tensor, ...] = ()
+
+    def blocks(self, *vectors: Tensor) -> Iterator[tuple[Any, ...]]:
+        """Blocks of vectors of equal length, each with three pieces of float32 memory of its size."""
+        length, device = len(vectors[0]), vectors[0].device
+        if not _in_blocks(vectors[0]):
+            yield *vectors, torch.empty(3, length, device=device).unbind()
+            return
+        if not self._scratch:
+            self._scratch = torch.empty(3, _BLOCK).unbind()
+        for blocks in zip(*(vector.split(_BLOCK) for vector in vectors), strict=True):
+            size = len(blocks[0])
+            yield *blocks, self._scratch if size == _BLOCK else tuple(memory[:size] for memory in self._scratch)
 
 
-def _finite_float32(block: Tensor) -> Tensor:
-    return block if block.dtype == torch.float32 else _finite(block)
+def _as_float32(block: Tensor, memory: Tensor) -> Tensor:
+    return block if block.dtype == torch.float32 else memory.copy_(block).clamp_(-_LARGEST, _LARGEST)
 
 
 class _Penalize(torch.autograd.Function):
     """A layer's output and its penalty; with `rectify`, the output is ReLU of `x`.
 
     ReLU and penalty share one trip through memory each way. Nothing is kept from forward to backward but the output,
-    which ReLU keeps as well.
+    which ReLU keeps as well. Nothing is read back from an accelerator, which would have to wait.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, surrogate: _Surrogate, sigma: float, rectify: bool, inplace: bool
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, term: _Term, rectify: bool, inplace: bool) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.surrogate, ctx.sigma, ctx.rectify = surrogate, sigma, rectify
+        ctx.term, ctx.rectify = term, rectify
         if inplace:
             ctx.mark_dirty(x)
-        if not _in_blocks(x):
-            output = F.relu(x, inplace) if rectify else x
-            ctx.save_for_backward(output)
-            return output, surrogate.formula(output, sigma)
-        vector = _flatten(x, x)
-        result = torch.empty_like(vector) if rectify and not inplace else vector
+        output = _empty_like(x) if rectify and not inplace else x
         parts = []
-        for before, after, scratch in _blocks(vector, result):
+        for before, after, (copy, scratch, _) in term.blocks(_flatten(x, x), _flatten(output, x)):
             if rectify:
                 torch.clamp_min(before, 0, out=after)
-            parts.append(surrogate.sums(_finite_float32(after), sigma, scratch))
-        ctx.sums = [math.fsum(part.item() for part in column) for column in zip(*parts, strict=True)]
-        output = x if result is vector else _unflatten(result, x)
+            parts.append(term.surrogate.sums(_as_float32(after, copy), term.sigma, scratch))
+        ctx.sums = [torch.stack(column).sum(dtype=torch.float64) for column in zip(*parts, strict=True)]
         ctx.save_for_backward(output)
-        return output, torch.tensor(surrogate.value(ctx.sums, x.numel(), sigma), dtype=torch.float32)
+        return output, term.surrogate.value(ctx.sums, x.numel(), term.sigma).float()
 
     @staticmethod
     @once_differentiable
@@ -223,27 +241,30 @@ class _Penalize(torch.autograd.Function):
         (output,) = ctx.saved_tensors
         if above is None:
             above = torch.zeros_like(output)
-        if factor is None or not _in_blocks(output):
+        if factor is None:
             gradient = torch.ops.aten.threshold_backward(above, output, 0) if ctx.rectify else above
-            if factor is not None:
-                with torch.enable_grad():
-                    leaf = output.detach().requires_grad_()
-                    value = ctx.surrogate.formula(leaf, ctx.sigma)
-                gradient = gradient + torch.autograd.grad(value, leaf, factor)[0]
-            return gradient, None, None, None, None
-        vector, weight = _flatten(output, output), factor.item()
-        gradient = torch.empty_like(vector)
-        for block, incoming, target, scratch in _blocks(vector, _flatten(above, output), gradient):
+            return gradient, None, None, None
+        gradient, term, on_cpu = _empty_like(output), ctx.term, _in_blocks(output)
+        weight = factor.item() if on_cpu else 1.0
+        vectors = (_flatten(tensor, output) for tensor in (output, above, gradient))
+        for block, incoming, target, (copy, scratch, total) in term.blocks(*vectors):
             if ctx.rectify:
                 torch.ops.aten.threshold_backward.grad_input(incoming, block, 0, grad_input=target)
             else:
                 target.copy_(incoming)
-            block = _finite_float32(block)
-            total = target if target.dtype == torch.float32 else torch.zeros_like(block)
-            ctx.surrogate.add_gradient(total, block, ctx.sigma, weight, ctx.sums, scratch)
-            if total is not target:
-                target.add_(total)
-        return _unflatten(gradient, output), None, None, None, None
+            convert = on_cpu and target.dtype.itemsize < 4
+            if convert:
+                total.copy_(target)
+            elif on_cpu:
+                total = target
+            else:
+                total.zero_()
+            term.surrogate.add_gradient(total, _as_float32(block, copy), term.sigma, weight, ctx.sums, scratch)
+            if convert:
+                target.copy_(total)
+            elif not on_cpu:
+                target.addcmul_(total, factor)
+        return gradient, None, None, None
 
 
 # --- in a model -----------------------------------------------------------------------------------------------------
@@ -309,8 +330,7 @@ class ActivationPenalty:
         if model in _attached:
             raise ValueError("the model has an ActivationPenalty attached already: detach() that one first")
         self._model = model
-        self._surrogate = PENALTIES[penalty]
-        self._sigma = sigma
+        self._term = _Term(PENALTIES[penalty], sigma)
         self._normalization = normalization
         self._costs = costs
         self._parameters = count_parameters(model)
@@ -381,7 +401,7 @@ class ActivationPenalty:
             )
         output = None
         if torch.compiler.is_compiling():
-            value = self._surrogate.formula(x, self._sigma)  # the compiler fuses it with what is around it
+            value = self._term.surrogate.formula(x, self._term.sigma)  # the compiler fuses it with what is around it
         elif self._fused is not None:
             value, self._fused = self._fused, None
         elif isinstance(call.module, nn.ReLU) or getattr(call.module, "inplace", False):
@@ -394,7 +414,7 @@ class ActivationPenalty:
         return output
 
     def _penalize(self, x: Tensor, *, rectify: bool = False, inplace: bool = False) -> tuple[Tensor, Tensor]:
-        return _Penalize.apply(x, self._surrogate, self._sigma, rectify, inplace)
+        return _Penalize.apply(x, self._term, rectify, inplace)
 
     def _fuse(self, relu: nn.ReLU) -> None:
         """Have a module compute ReLU and penalty together, until `detach`."""

@@ -37,7 +37,7 @@ def value_and_gradient(function, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def fast(name: str, sigma: float):
     """The penalty as `ActivationPenalty` computes it, without a model around."""
-    return lambda x: penalties._Penalize.apply(x, penalties.PENALTIES[name], sigma, False, False)[1]
+    return lambda x: penalties._Penalize.apply(x, penalties._Term(penalties.PENALTIES[name], sigma), False, False)[1]
 
 
 class Net(nn.Module):
@@ -214,7 +214,7 @@ def test_any_memory_layout(name, layout, monkeypatch):
         return x, definition(name, x, 1e-2)
 
     expected = objective(plain)
-    fused = objective(lambda x: own.apply(x, penalties.PENALTIES[name], 1e-2, True, False))
+    fused = objective(lambda x: own.apply(x, penalties._Term(penalties.PENALTIES[name], 1e-2), True, False))
     torch.testing.assert_close(fused, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -257,6 +257,20 @@ def test_the_way_of_other_devices(name, layers, monkeypatch):
     value, found = by_penalty(model, images, labels, name, sigma=1e-2, layers=layers)
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(found, expected_gradients, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_an_accelerator_never_waits(name, dtype):
+    """A meta tensor has no numbers: to read one raises. All else of the way of other devices runs."""
+    images, labels = (x.to("meta") for x in batch())
+    model = net().to("meta", dtype)
+    with ActivationPenalty(model, name, layers="all") as penalty:
+        loss = F.cross_entropy(model(images.to(dtype)).float(), labels) + penalty()
+        loss.backward()
+    with pytest.raises(RuntimeError, match="meta"):
+        loss.item()
+    assert gradients(model).dtype == dtype
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -404,8 +418,10 @@ def test_without_gradients():
         assert not penalty().requires_grad
 
 
+@pytest.mark.parametrize("in_blocks", [True, False], ids=["cpu", "other devices"])
 @pytest.mark.parametrize("layers", ["relu", "all"])
-def test_autocast(layers):
+def test_autocast(layers, in_blocks, monkeypatch):
+    monkeypatch.setattr(penalties, "_in_blocks", lambda x: in_blocks)
     model, (images, labels) = net(), batch()
     expected = by_plain_hooks(model, images, labels, "l0", 1e-2, layers, autocast=True)
     with ActivationPenalty(model, sigma=1e-2, layers=layers) as penalty:
