@@ -231,7 +231,10 @@ class _Penalize(torch.autograd.Function):
             if rectify:
                 torch.clamp_min(before, 0, out=after)
             parts.append(term.surrogate.sums(_as_float32(after, copy), term.sigma, scratch))
-        ctx.sums = [torch.stack(column).sum(dtype=torch.float64) for column in zip(*parts, strict=True)]
+        columns = zip(*parts, strict=True)
+        ctx.sums = [
+            column[0] if len(column) == 1 else torch.stack(column).sum(dtype=torch.float64) for column in columns
+        ]
         ctx.save_for_backward(output)
         return output, term.surrogate.value(ctx.sums, x.numel(), term.sigma).float()
 
@@ -244,25 +247,25 @@ class _Penalize(torch.autograd.Function):
         if factor is None:
             gradient = torch.ops.aten.threshold_backward(above, output, 0) if ctx.rectify else above
             return gradient, None, None, None
-        gradient, term, on_cpu = _empty_like(output), ctx.term, _in_blocks(output)
-        weight = factor.item() if on_cpu else 1.0
+        gradient, term, in_blocks = _empty_like(output), ctx.term, _in_blocks(output)
+        weight = factor.item() if in_blocks else 1.0
         vectors = (_flatten(tensor, output) for tensor in (output, above, gradient))
         for block, incoming, target, (copy, scratch, total) in term.blocks(*vectors):
             if ctx.rectify:
                 torch.ops.aten.threshold_backward.grad_input(incoming, block, 0, grad_input=target)
             else:
                 target.copy_(incoming)
-            convert = on_cpu and target.dtype.itemsize < 4
+            convert = in_blocks and target.dtype.itemsize < 4
             if convert:
                 total.copy_(target)
-            elif on_cpu:
+            elif in_blocks:
                 total = target
             else:
                 total.zero_()
             term.surrogate.add_gradient(total, _as_float32(block, copy), term.sigma, weight, ctx.sums, scratch)
             if convert:
                 target.copy_(total)
-            elif not on_cpu:
+            elif not in_blocks:
                 target.addcmul_(total, factor)
         return gradient, None, None, None
 

@@ -1,11 +1,14 @@
 """What a configuration accepts, what it refuses and how it says so, and what names a run."""
 
+import re
+
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from eatlib.config import EXECUTION_FIELDS, ConfigError, RunConfig, Study
+from eatlib.results import ROOT
 
 
 def test_defaults_are_the_paper_protocol():
@@ -164,3 +167,11 @@ def test_an_overridden_study_has_another_name_and_the_asked_values(tmp_path):
     path = tmp_path / f"{changed.name}.yaml"
     path.write_text(changed.to_yaml())
     assert Study.load(path).runs() == changed.runs()
+
+
+def test_the_readme_says_how_many_runs_a_study_has():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    said = dict(re.findall(r"^\| `([\w-]+)` \|.*\b(\d+) runs", readme, re.MULTILINE))
+    assert {"quick", "paper-cpu", "fidelity"} <= said.keys()
+    for name, runs in said.items():
+        assert len(Study.load(ROOT / "studies" / f"{name}.yaml").runs()) == int(runs), name
