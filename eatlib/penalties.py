@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cache
 from types import MethodType
 from typing import Any, Literal, get_args
 from weakref import WeakSet
@@ -96,14 +95,13 @@ class _Surrogate:
     add_gradient: Callable[[Tensor, Tensor, float, float, list[Tensor], Tensor], object]
 
 
-@cache
-def _one(device: torch.device) -> Tensor:
-    return torch.ones((), device=device)
+_ONE = torch.ones(())
 
 
 def _one_plus(x: Tensor, sigma: float, out: Tensor) -> Tensor:
     """1 + x^2 / sigma"""
-    return torch.addcmul(_one(x.device), x, x, value=1 / sigma, out=out)
+    one = _ONE if x.device.type == "cpu" else x.new_ones(())
+    return torch.addcmul(one, x, x, value=1 / sigma, out=out)
 
 
 def _l0_gradient(gradient: Tensor, x: Tensor, sigma: float, factor: float, sums: list[Tensor], scratch: Tensor) -> None:
