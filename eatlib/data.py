@@ -241,6 +241,8 @@ def load_data(config: RunConfig, *, progress: bool = False) -> Data:
         share = max(wanted - len(kept), min(share, len(held_out)))
         kept = kept[_subset(everything.labels[kept], wanted - share, seed)]
         held_out = held_out[_subset(everything.labels[held_out], share, seed)]
+    if len(kept) < 2:
+        raise DataError(f"validation_share = {config.validation_share:g}: leaves {len(kept)} images to train on")
     if config.test_samples is not None:
         if config.test_samples > len(test):
             allowed = f"{config.dataset} allows 1 to {len(test)}"

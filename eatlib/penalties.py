@@ -27,7 +27,8 @@ ZERO_MAKERS = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.Hardshrink, n
 """Activation functions that are exactly zero over a range of inputs; `layers="relu"` means these."""
 
 _LARGEST = 1e18  # activations are clipped here, so that an infinity of half precision is a neuron that fires
-_BLOCK = 2**18  # elements; 1 MiB of float32
+_BLOCK = 2**18  # elements, 1 MiB of float32: what a core's cache holds
+_DEVICE_BLOCK = 2**22  # on an accelerator: large enough to keep it busy, small enough to take little memory
 
 
 # --- the penalties --------------------------------------------------------------------------------------------------
@@ -85,7 +86,7 @@ class _Surrogate:
     Attributes:
         formula: the pure function.
         sums: (x, sigma, scratch) -> what has to be summed over the elements.
-        value: (sums, elements, sigma) -> the penalty.
+        value: (sums, elements, sigma) -> the penalty, exact to about 1e-7 of the number of elements.
         add_gradient: (gradient, x, sigma, factor, sums, scratch) adds `factor` times the penalty's gradient at x.
     """
 
@@ -95,12 +96,12 @@ class _Surrogate:
     add_gradient: Callable[[Tensor, Tensor, float, float, list[Tensor], Tensor], object]
 
 
-_ONE = torch.ones(())
+_ONE = torch.ones((), dtype=torch.float32)
 
 
 def _one_plus(x: Tensor, sigma: float, out: Tensor) -> Tensor:
     """1 + x^2 / sigma"""
-    one = _ONE if x.device.type == "cpu" else x.new_ones(())
+    one = _ONE if _on_cpu(x) else x.new_ones(())
     return torch.addcmul(one, x, x, value=1 / sigma, out=out)
 
 
@@ -173,7 +174,10 @@ def _flatten(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _empty_like(x: Tensor) -> Tensor:
-    """Dense, of which `_flatten(..., x)` is a view. (A view of a vector would do, but autograd adds to no view.)"""
+    """Dense memory laid out like `x`, so that `_flatten(result, x)` is a view of it.
+
+    It is no view itself, as autograd would not accumulate into one.
+    """
     return torch.empty_permuted(x.shape, _order(x), dtype=x.dtype, device=x.device)
 
 
@@ -181,29 +185,18 @@ def _order(x: Tensor) -> list[int]:
     return sorted(range(x.dim()), key=x.stride, reverse=True)
 
 
-def _in_blocks(x: Tensor) -> bool:
-    return x.device.type == "cpu"  # elsewhere blocks have no cache to stay in
+def _on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
 
 
-class _Term:
-    """A penalty with its sigma, and memory to compute it in, which is kept: new memory is slow."""
-
-    def __init__(self, surrogate: _Surrogate, sigma: float) -> None:
-        self.surrogate = surrogate
-        self.sigma = sigma
-        self._scratch: tuple[Tensor, ...] = ()
-
-    def blocks(self, *vectors: Tensor) -> Iterator[tuple[Any, ...]]:
-        """Blocks of vectors of equal length, each with three pieces of float32 memory of its size."""
-        length, device = len(vectors[0]), vectors[0].device
-        if not _in_blocks(vectors[0]):
-            yield *vectors, torch.empty(3, length, device=device).unbind()
-            return
-        if not self._scratch:
-            self._scratch = torch.empty(3, _BLOCK).unbind()
-        for blocks in zip(*(vector.split(_BLOCK) for vector in vectors), strict=True):
-            size = len(blocks[0])
-            yield *blocks, self._scratch if size == _BLOCK else tuple(memory[:size] for memory in self._scratch)
+def _blocks(*vectors: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Blocks of vectors of equal length, each with a list of three pieces of float32 memory of its size."""
+    first = vectors[0]
+    size = min(len(first), _BLOCK if _on_cpu(first) else _DEVICE_BLOCK)
+    pieces = [torch.empty(size, dtype=torch.float32, device=first.device) for _ in range(3)]
+    for blocks in zip(*(vector.split(max(1, size)) for vector in vectors), strict=True):
+        length = len(blocks[0])
+        yield *blocks, pieces if length == size else [piece[:length] for piece in pieces]
 
 
 def _as_float32(block: Tensor, memory: Tensor) -> Tensor:
@@ -213,28 +206,30 @@ def _as_float32(block: Tensor, memory: Tensor) -> Tensor:
 class _Penalize(torch.autograd.Function):
     """A layer's output and its penalty; with `rectify`, the output is ReLU of `x`.
 
-    ReLU and penalty share one trip through memory each way. Nothing is kept from forward to backward but the output,
-    which ReLU keeps as well. Nothing is read back from an accelerator, which would have to wait.
+    ReLU and penalty share one trip through memory each way. What is kept from forward to backward is the output, which
+    ReLU keeps as well, and a few sums. Nothing is read back from an accelerator, which would have to wait.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, term: _Term, rectify: bool, inplace: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, surrogate: _Surrogate, sigma: float, rectify: bool, inplace: bool
+    ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.term, ctx.rectify = term, rectify
+        ctx.surrogate, ctx.sigma, ctx.rectify = surrogate, sigma, rectify
         if inplace:
             ctx.mark_dirty(x)
         output = _empty_like(x) if rectify and not inplace else x
         parts = []
-        for before, after, (copy, scratch, _) in term.blocks(_flatten(x, x), _flatten(output, x)):
+        for before, after, (copy, scratch, _) in _blocks(_flatten(x, x), _flatten(output, x)):
             if rectify:
                 torch.clamp_min(before, 0, out=after)
-            parts.append(term.surrogate.sums(_as_float32(after, copy), term.sigma, scratch))
+            parts.append(surrogate.sums(_as_float32(after, copy), sigma, scratch))
         columns = zip(*parts, strict=True)
         ctx.sums = [
             column[0] if len(column) == 1 else torch.stack(column).sum(dtype=torch.float64) for column in columns
         ]
         ctx.save_for_backward(output)
-        return output, term.surrogate.value(ctx.sums, x.numel(), term.sigma).float()
+        return output, surrogate.value(ctx.sums, x.numel(), sigma).float()
 
     @staticmethod
     @once_differentiable
@@ -244,28 +239,25 @@ class _Penalize(torch.autograd.Function):
             above = torch.zeros_like(output)
         if factor is None:
             gradient = torch.ops.aten.threshold_backward(above, output, 0) if ctx.rectify else above
-            return gradient, None, None, None
-        gradient, term, in_blocks = _empty_like(output), ctx.term, _in_blocks(output)
-        weight = factor.item() if in_blocks else 1.0
+            return gradient, None, None, None, None
+        gradient, add_gradient = _empty_like(output), ctx.surrogate.add_gradient
+        weight = factor.item() if _on_cpu(factor) else None
         vectors = (_flatten(tensor, output) for tensor in (output, above, gradient))
-        for block, incoming, target, (copy, scratch, total) in term.blocks(*vectors):
+        for block, incoming, target, (copy, scratch, total) in _blocks(*vectors):
             if ctx.rectify:
                 torch.ops.aten.threshold_backward.grad_input(incoming, block, 0, grad_input=target)
             else:
                 target.copy_(incoming)
-            convert = in_blocks and target.dtype.itemsize < 4
-            if convert:
-                total.copy_(target)
-            elif in_blocks:
-                total = target
-            else:
-                total.zero_()
-            term.surrogate.add_gradient(total, _as_float32(block, copy), term.sigma, weight, ctx.sums, scratch)
-            if convert:
-                target.copy_(total)
-            elif not in_blocks:
+            x = _as_float32(block, copy)
+            if weight is None:  # a number on an accelerator, not to be read
+                add_gradient(total.zero_(), x, ctx.sigma, 1.0, ctx.sums, scratch)
                 target.addcmul_(total, factor)
-        return gradient, None, None, None
+            elif target.dtype.itemsize < 4:
+                add_gradient(total.copy_(target), x, ctx.sigma, weight, ctx.sums, scratch)
+                target.copy_(total)
+            else:
+                add_gradient(target, x, ctx.sigma, weight, ctx.sums, scratch)
+        return gradient, None, None, None, None
 
 
 # --- in a model -----------------------------------------------------------------------------------------------------
@@ -285,7 +277,8 @@ class ActivationPenalty:
     runs as if nothing were attached. A module that is called several times counts as several layers. `with
     ActivationPenalty(model) as penalty:` detaches at the end.
 
-    A copy of the model that is made while a penalty is attached is not penalised; to save one, use its `state_dict`.
+    A copy of the model that is made while a penalty is attached is not penalised, but keeps the original alive; to copy
+    or save a model, use its `state_dict`, or detach first.
 
     Works with in-place modules and additions, autocast, gradient accumulation, `torch.compile` (attach first, then
     compile) and gradient checkpointing (`use_reentrant=False`).
@@ -331,7 +324,8 @@ class ActivationPenalty:
         if model in _attached:
             raise ValueError("the model has an ActivationPenalty attached already: detach() that one first")
         self._model = model
-        self._term = _Term(PENALTIES[penalty], sigma)
+        self._surrogate = PENALTIES[penalty]
+        self._sigma = sigma
         self._normalization = normalization
         self._costs = costs
         self._parameters = count_parameters(model)
@@ -339,12 +333,15 @@ class ActivationPenalty:
         self._active = False
         self._with_gradient = False
         chosen = choose_layers(model, layers)
-        self._watch = Watch(model, self._on_call, modules=chosen, on_start=self._start, on_end=self._end)
-        # By identity: two paths may lead to one module, and one that is replaced already is left alone.
+        # By identity: two paths may lead to one module. One that is replaced already, or whose output a hook may
+        # replace, is left alone.
         self._relus = [
-            m for m in map(leaf_modules(model).get, chosen) if type(m) is nn.ReLU and "forward" not in vars(m)
+            m
+            for m in map(leaf_modules(model).get, chosen)
+            if type(m) is nn.ReLU and "forward" not in vars(m) and not m._forward_hooks
         ]
-        self._fused: Tensor | None = None
+        self._watch = Watch(model, self._on_call, modules=chosen, on_start=self._start, on_end=self._end)
+        self._fused: tuple[nn.ReLU, Tensor] | None = None
         for relu in self._relus:
             self._fuse(relu)
         _attached.add(model)
@@ -353,9 +350,9 @@ class ActivationPenalty:
         """The penalty of the latest forward pass.
 
         Raises:
-            RuntimeError: there was none in training mode since the last call.
+            RuntimeError: there was none in training mode since the last call, or it did not end.
         """
-        if not self._values:
+        if self._active or not self._values:  # active: a pass that raised, or one that is still running
             raise RuntimeError(
                 "no activations to penalise: call the model in training mode (model.train()) before each penalty()"
             )
@@ -379,6 +376,7 @@ class ActivationPenalty:
 
     def _start(self) -> None:
         self._values = []
+        self._fused = None
         self._active = self._model.training
         self._with_gradient = torch.is_grad_enabled()
 
@@ -395,17 +393,17 @@ class ActivationPenalty:
             raise TypeError(
                 f"{call.name} ({call.kind}) returns {kind}, which has no penalty: name other layers in `layers`"
             )
-        if self._with_gradient and not torch.is_grad_enabled():
+        if self._active and self._with_gradient and not torch.is_grad_enabled():
             raise RuntimeError(
                 f"{call.name} runs without gradients inside a pass with gradients, and so would its penalty: "
                 "checkpoint with use_reentrant=False, or leave the layer out of `layers`"
             )
         output = None
         if torch.compiler.is_compiling():
-            value = self._term.surrogate.formula(x, self._term.sigma)  # the compiler fuses it with what is around it
-        elif self._fused is not None:
-            value, self._fused = self._fused, None
-        elif isinstance(call.module, nn.ReLU) or getattr(call.module, "inplace", False):
+            value = self._surrogate.formula(x, self._sigma)  # the compiler fuses it with what is around it
+        elif self._fused is not None and self._fused[0] is call.module:
+            value, self._fused = self._fused[1], None
+        elif isinstance(call.module, nn.ReLU):
             # Its own gradient needs this output, so that no later layer may overwrite it.
             output, value = self._penalize(x)
         else:
@@ -415,19 +413,20 @@ class ActivationPenalty:
         return output
 
     def _penalize(self, x: Tensor, *, rectify: bool = False, inplace: bool = False) -> tuple[Tensor, Tensor]:
-        return _Penalize.apply(x, self._term, rectify, inplace)
+        return _Penalize.apply(x, self._surrogate, self._sigma, rectify, inplace)
 
     def _fuse(self, relu: nn.ReLU) -> None:
         """Have a module compute ReLU and penalty together, until `detach`."""
 
-        def forward(module: nn.ReLU, x: Tensor) -> Tensor:
+        def forward(module: nn.ReLU, input: Tensor) -> Tensor:
             is_copy = module is not relu
             if is_copy or torch.compiler.is_compiling() or not self._model.training:
-                return F.relu(x, module.inplace)
-            if relu.inplace and (x._is_view() or not is_dense(x)):
+                return F.relu(input, module.inplace)
+            if relu.inplace and (input._is_view() or not is_dense(input)):
                 # Autograd has no function of two outputs that overwrites a view, and blocks need dense memory.
-                return F.relu_(x)
-            output, self._fused = self._penalize(x, rectify=True, inplace=relu.inplace)
+                return F.relu_(input)
+            output, value = self._penalize(input, rectify=True, inplace=relu.inplace)
+            self._fused = relu, value
             return output
 
         relu.forward = MethodType(forward, relu)  # bound, so that a copy of the model has its own

@@ -338,7 +338,11 @@ class _Run:
             if other:
                 raise TrainingError(f"{path} is the checkpoint of another run ({'; '.join(other)}): remove it")
             self.model.load_state_dict(_part(tensors, "model."))
-            momentum = {int(index): {"momentum_buffer": value} for index, value in _part(tensors, "momentum.").items()}
+            parameters = list(self.model.parameters())  # whose memory layout their momentum has
+            momentum = {
+                int(index): {"momentum_buffer": torch.empty_like(parameters[int(index)]).copy_(value)}
+                for index, value in _part(tensors, "momentum.").items()
+            }
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": momentum, "param_groups": groups})
             self.generator.set_state(tensors["random.order"])
@@ -347,7 +351,9 @@ class _Run:
                 torch.cuda.set_rng_state(tensors["random.cuda"], self._device)
             self.history = [results.Epoch.model_validate(epoch) for epoch in facts["history"]]
             self.seconds = facts["seconds"]
-        except (KeyError, ValueError) as error:
+        except TrainingError:
+            raise
+        except (LookupError, ValueError, RuntimeError) as error:
             raise TrainingError(f"{path} is not a whole checkpoint ({error}): remove it") from None
 
 
@@ -364,11 +370,15 @@ def load(path: str | Path) -> tuple[ImageClassifier, RunConfig]:
 
     Raises:
         FileNotFoundError: the run did not keep its weights (`save_weights: true`).
+        TrainingError: the file is damaged, or holds something else.
     """
     path = Path(path).with_suffix(".safetensors")
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such weights; a run keeps them with save_weights: true")
     tensors, facts = _load_tensors(path)
+    missing = [name for name, found in (("config", facts), ("classes", facts), ("mean", tensors)) if name not in found]
+    if missing:
+        raise TrainingError(f"{path} holds no trained weights of eatlib: it has no {', '.join(missing)}")
     config = RunConfig.parse(facts["config"], where=str(path))
     model = build_model(
         config.model,
@@ -396,10 +406,10 @@ def _load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safetensors.safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            facts = (file.metadata() or {})["facts"]
-    except (safetensors.SafetensorError, KeyError) as error:
+            facts = json.loads((file.metadata() or {})["facts"])
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise TrainingError(f"{path} is damaged, or not a file of eatlib ({error}): remove it") from None
-    return tensors, json.loads(facts)
+    return tensors, facts
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

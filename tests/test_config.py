@@ -172,6 +172,6 @@ def test_an_overridden_study_has_another_name_and_the_asked_values(tmp_path):
 def test_the_readme_says_how_many_runs_a_study_has():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     said = dict(re.findall(r"^\| `([\w-]+)` \|.*\b(\d+) runs", readme, re.MULTILINE))
-    assert {"quick", "paper-cpu", "fidelity"} <= said.keys()
+    assert {"quick", "paper-cpu", "fidelity", "paper", "ablation"} <= said.keys()
     for name, runs in said.items():
         assert len(Study.load(ROOT / "studies" / f"{name}.yaml").runs()) == int(runs), name

@@ -72,6 +72,11 @@ def test_splits_follow_the_split_seed_alone(digits, digits_dir):
     assert not other.validation.images.equal(digits.validation.images)
 
 
+def test_a_validation_share_that_leaves_nothing_to_train_on_is_refused(digits_dir):
+    with pytest.raises(DataError, match=r"validation_share = 0.999: leaves 0 images"):
+        load_data(RunConfig(data_dir=digits_dir, train_samples=200, validation_share=0.999))
+
+
 def test_subsets_are_stratified_nested_and_as_large_as_asked(digits, digits_dir):
     def rows(split: Split) -> set[bytes]:
         return {image.numpy().tobytes() for image in split.images}

@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def value_and_gradient(function, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def fast(name: str, sigma: float):
     """The penalty as `ActivationPenalty` computes it, without a model around."""
-    return lambda x: penalties._Penalize.apply(x, penalties._Term(penalties.PENALTIES[name], sigma), False, False)[1]
+    return lambda x: penalties._Penalize.apply(x, penalties.PENALTIES[name], sigma, False, False)[1]
 
 
 class Net(nn.Module):
@@ -83,6 +84,10 @@ def net(seed: int = 0) -> Net:
 
 def gradients(model: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def gradients_are_finite(model: nn.Module) -> bool:
+    return all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def by_plain_hooks(
@@ -200,13 +205,15 @@ def test_nan_stays_nan(name):
 )
 def test_any_memory_layout(name, layout, monkeypatch):
     monkeypatch.setattr(penalties, "_BLOCK", 100)  # several blocks, the last one short
-    x = layout(torch.randn(4, 6, 5, 7, generator=torch.Generator().manual_seed(3)))
-    weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(4))
+    images = torch.randn(4, 6, 5, 7, generator=torch.Generator().manual_seed(3))
+    weight = torch.randn(layout(images).shape, generator=torch.Generator().manual_seed(4))
     own = penalties._Penalize
 
     def objective(function):
-        leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-        rectified, value = function(leaf.view_as(leaf) * 1)
+        leaf = images.clone().requires_grad_()
+        x = layout(leaf * 1)
+        assert x.stride() == layout(images).stride()
+        rectified, value = function(x)
         return torch.autograd.grad((rectified * weight).sum() + 3 * value, leaf)[0]
 
     def plain(x):
@@ -214,7 +221,7 @@ def test_any_memory_layout(name, layout, monkeypatch):
         return x, definition(name, x, 1e-2)
 
     expected = objective(plain)
-    fused = objective(lambda x: own.apply(x, penalties._Term(penalties.PENALTIES[name], 1e-2), True, False))
+    fused = objective(lambda x: own.apply(x, penalties.PENALTIES[name], 1e-2, True, False))
     torch.testing.assert_close(fused, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -251,7 +258,7 @@ def test_same_penalty_and_gradients_as_plain_hooks(name, layers, normalization):
 @pytest.mark.parametrize("layers", PLACES, ids=["relu", "all", "patterns"])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_way_of_other_devices(name, layers, monkeypatch):
-    monkeypatch.setattr(penalties, "_in_blocks", lambda x: False)
+    monkeypatch.setattr(penalties, "_on_cpu", lambda x: False)
     model, (images, labels) = net(), batch()
     expected, expected_gradients = by_plain_hooks(model, images, labels, name, 1e-2, layers)
     value, found = by_penalty(model, images, labels, name, sigma=1e-2, layers=layers)
@@ -329,6 +336,69 @@ def test_a_forward_pass_that_fails_leaves_nothing_behind():
             model.fc(model.relu(torch.rand(1, 7)))
         model(images)
         assert torch.equal(expected, penalty())
+
+
+def test_a_pass_that_was_not_finished_has_no_penalty():
+    model, (images, _) = net(), batch()
+    with ActivationPenalty(model, layers="all") as penalty:
+        model(images)
+        expected = penalty()
+        fails = model.relu.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(images)
+        with pytest.raises(RuntimeError, match="no activations"):
+            penalty()
+        fails.remove()
+        model.relu.forward(images)  # reaches no hook
+        model(images)
+        with torch.no_grad():
+            model.conv1(images)  # a part of the model, on its own
+        assert torch.equal(expected, penalty())
+
+
+def test_what_a_users_hook_makes_of_an_output_is_penalised():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    model[1].register_forward_hook(lambda module, inputs, output: output + 1)
+    x = torch.rand(5, 3)
+    with ActivationPenalty(model, "l1") as penalty:
+        output = model(x)
+        assert penalty().item() == pytest.approx(output.abs().mean().item())
+
+
+def test_in_inference_mode_by_keyword_and_with_another_default_dtype():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    x = torch.rand(5, 3)
+    with ActivationPenalty(model) as penalty:
+        with torch.inference_mode():
+            model(x)
+        model(x)
+        expected = penalty()
+        expected.backward()
+        before = torch.get_default_dtype()
+        try:
+            torch.set_default_dtype(torch.bfloat16)
+            model(x)
+            assert torch.equal(penalty(), expected)
+        finally:
+            torch.set_default_dtype(before)
+        assert torch.equal(model[1](input=x), x)
+
+
+def test_two_threads_run_backward_through_one_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU())
+    with ActivationPenalty(model, sigma=1e-2) as penalty:
+
+        def prepared(seed: int) -> tuple[Tensor, Tensor]:
+            x = torch.rand(600, 64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+            return model(x).mean() + penalty(), x
+
+        alone = [torch.autograd.grad(*prepared(seed))[0] for seed in range(8)]
+        graphs = [prepared(seed) for seed in range(8)]
+        with ThreadPoolExecutor(2) as pool:
+            together = list(pool.map(lambda graph: torch.autograd.grad(*graph)[0], graphs))
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_second_penalty_is_refused_until_the_first_is_detached():
@@ -418,10 +488,11 @@ def test_without_gradients():
         assert not penalty().requires_grad
 
 
-@pytest.mark.parametrize("in_blocks", [True, False], ids=["cpu", "other devices"])
+@pytest.mark.parametrize("on_cpu", [True, False], ids=["cpu", "other devices"])
 @pytest.mark.parametrize("layers", ["relu", "all"])
-def test_autocast(layers, in_blocks, monkeypatch):
-    monkeypatch.setattr(penalties, "_in_blocks", lambda x: in_blocks)
+def test_autocast(layers, on_cpu, monkeypatch):
+    monkeypatch.setattr(penalties, "_on_cpu", lambda x: on_cpu)
+    monkeypatch.setattr(penalties, "_DEVICE_BLOCK", 100)
     model, (images, labels) = net(), batch()
     expected = by_plain_hooks(model, images, labels, "l0", 1e-2, layers, autocast=True)
     with ActivationPenalty(model, sigma=1e-2, layers=layers) as penalty:
@@ -532,6 +603,39 @@ def test_outputs_that_are_no_tensor_are_refused():
     model = nn.Sequential(nn.LSTM(3, 4))
     with ActivationPenalty(model, layers="all"), pytest.raises(TypeError, match=r"LSTM.*tuple"):
         model(torch.rand(2, 5, 3))
+
+
+@pytest.mark.parametrize("inplace", [nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.Dropout])
+def test_in_place_modules_before_in_place_additions(inplace):
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 8)
+            self.act = inplace(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.act(2 * self.linear(x))
+            y += 1
+            return y.square()
+
+    torch.manual_seed(0)
+    model, x = Sum(), torch.randn(5, 6)
+    torch.manual_seed(1)
+    with ActivationPenalty(model, sigma=1e-2, layers=["act"]) as penalty:
+        (model(x).sum() + 50 * penalty()).backward()
+    found = gradients(model)
+    model.zero_grad()
+    torch.manual_seed(1)
+    activations = inplace()(2 * model.linear(x))
+    ((activations + 1).square().sum() + 50 * l0(activations, 1e-2) / activations.numel()).backward()
+    torch.testing.assert_close(found, gradients(model), rtol=1e-4, atol=1e-4)
+
+
+def test_mobilenet_v3_with_an_in_place_dropout_after_hardswish():
+    model = build_model("mobilenet_v3_small", classes=5).train()
+    with ActivationPenalty(model) as penalty:
+        (model(torch.rand(2, 3, 32, 32)).sum() + penalty()).backward()
+    assert gradients_are_finite(model)
 
 
 def test_relu6_and_mobilenet():

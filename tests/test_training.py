@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -288,6 +289,15 @@ def test_checkpoint_of_another_run_is_refused(tmp_path):
         (tmp_path / CHECKPOINT).write_bytes(damaged)
         with pytest.raises(TrainingError, match="is damaged, or not a file of eatlib"):
             fit(config, checkpoint=tmp_path)
+    (tmp_path / CHECKPOINT).write_bytes(content)
+    with safe_open(tmp_path / CHECKPOINT, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(tmp_path / CHECKPOINT)
+    for name in ("model.mean", "random.order"):
+        fewer = {key: tensor for key, tensor in tensors.items() if key != name}
+        save_file(fewer, tmp_path / CHECKPOINT, metadata)
+        with pytest.raises(TrainingError, match="is not a whole checkpoint"):
+            fit(config, checkpoint=tmp_path)
 
 
 def test_no_checkpoints_on_request(tmp_path):
@@ -309,6 +319,13 @@ def test_weights_are_kept_and_loaded(tmp_path):
         assert again.loss == pytest.approx(result.test.loss, rel=1e-4)
     with pytest.raises(FileNotFoundError, match="save_weights"):
         load(tmp_path / "other.json")
+    fit(config, data=data, weights=tmp_path / "again.safetensors", checkpoint=tmp_path)
+    with pytest.raises(TrainingError, match="no trained weights of eatlib: it has no classes, mean"):
+        load(tmp_path / CHECKPOINT)
+    for metadata in ({}, {"facts": "?"}):
+        save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors", metadata)
+        with pytest.raises(TrainingError, match="not a file of eatlib"):
+            load(tmp_path / "foreign.safetensors")
     with pytest.raises(ValueError, match="weights=PATH"):
         fit(config)
 
