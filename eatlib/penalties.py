@@ -190,13 +190,15 @@ def _on_cpu(x: Tensor) -> bool:
 
 
 def _blocks(*vectors: Tensor) -> Iterator[tuple[Any, ...]]:
-    """Blocks of vectors of equal length, each with a list of three pieces of float32 memory of its size."""
+    """Blocks of vectors of equal length, each with pieces of float32 memory of its size: one or, if the vectors have to
+    be converted or the device is no CPU, three."""
     first = vectors[0]
     size = min(len(first), _BLOCK if _on_cpu(first) else _DEVICE_BLOCK)
-    pieces = [torch.empty(size, dtype=torch.float32, device=first.device) for _ in range(3)]
+    count = 1 if first.dtype == torch.float32 and _on_cpu(first) else 3  # new memory takes time
+    memory = torch.empty(count, size, dtype=torch.float32, device=first.device).unbind()
     for blocks in zip(*(vector.split(max(1, size)) for vector in vectors), strict=True):
         length = len(blocks[0])
-        yield *blocks, pieces if length == size else [piece[:length] for piece in pieces]
+        yield *blocks, memory if length == size else tuple(piece[:length] for piece in memory)
 
 
 def _as_float32(block: Tensor, memory: Tensor) -> Tensor:
@@ -220,10 +222,10 @@ class _Penalize(torch.autograd.Function):
             ctx.mark_dirty(x)
         output = _empty_like(x) if rectify and not inplace else x
         parts = []
-        for before, after, (copy, scratch, _) in _blocks(_flatten(x, x), _flatten(output, x)):
+        for before, after, memory in _blocks(_flatten(x, x), _flatten(output, x)):
             if rectify:
                 torch.clamp_min(before, 0, out=after)
-            parts.append(surrogate.sums(_as_float32(after, copy), sigma, scratch))
+            parts.append(surrogate.sums(_as_float32(after, memory[-1]), sigma, memory[0]))
         columns = zip(*parts, strict=True)
         ctx.sums = [
             column[0] if len(column) == 1 else torch.stack(column).sum(dtype=torch.float64) for column in columns
@@ -243,17 +245,17 @@ class _Penalize(torch.autograd.Function):
         gradient, add_gradient = _empty_like(output), ctx.surrogate.add_gradient
         weight = factor.item() if _on_cpu(factor) else None
         vectors = (_flatten(tensor, output) for tensor in (output, above, gradient))
-        for block, incoming, target, (copy, scratch, total) in _blocks(*vectors):
+        for block, incoming, target, memory in _blocks(*vectors):
             if ctx.rectify:
                 torch.ops.aten.threshold_backward.grad_input(incoming, block, 0, grad_input=target)
             else:
                 target.copy_(incoming)
-            x = _as_float32(block, copy)
+            x, scratch = _as_float32(block, memory[-1]), memory[0]
             if weight is None:  # a number on an accelerator, not to be read
-                add_gradient(total.zero_(), x, ctx.sigma, 1.0, ctx.sums, scratch)
+                add_gradient(total := memory[1].zero_(), x, ctx.sigma, 1.0, ctx.sums, scratch)
                 target.addcmul_(total, factor)
             elif target.dtype.itemsize < 4:
-                add_gradient(total.copy_(target), x, ctx.sigma, weight, ctx.sums, scratch)
+                add_gradient(total := memory[1].copy_(target), x, ctx.sigma, weight, ctx.sums, scratch)
                 target.copy_(total)
             else:
                 add_gradient(target, x, ctx.sigma, weight, ctx.sums, scratch)
