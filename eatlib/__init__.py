@@ -1,18 +1,9 @@
 """Energy-aware training (arXiv 2307.00368): an activation penalty, an energy report, and a study of both."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from eatlib.config import ConfigError, RunConfig, Study
-    from eatlib.data import load_data
-    from eatlib.energy import EnergyMeter, energy_report
-    from eatlib.models import build_model
-    from eatlib.penalties import ActivationPenalty
-    from eatlib.results import RunResult
-    from eatlib.training import evaluate, fit, load
-
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "ActivationPenalty": "penalties",
@@ -21,27 +12,15 @@ _HOMES = {
     "RunConfig": "config",
     "RunResult": "results",
     "Study": "config",
+    "StudyResults": "results",
     "build_model": "models",
     "energy_report": "energy",
     "evaluate": "training",
     "fit": "training",
-    "load": "training",
+    "load": "checkpoint",
     "load_data": "data",
 }
-__all__ = [
-    "ActivationPenalty",
-    "ConfigError",
-    "EnergyMeter",
-    "RunConfig",
-    "RunResult",
-    "Study",
-    "build_model",
-    "energy_report",
-    "evaluate",
-    "fit",
-    "load",
-    "load_data",
-]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

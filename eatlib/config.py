@@ -9,42 +9,60 @@ import hashlib
 import itertools
 import json
 import re
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-CONFIG_VERSION = 1
+from eatlib.hardware import find_hardware
+
+CONFIG_VERSION = 2
 """Part of every configuration hash: raised when a field's meaning changes."""
 
-DATASETS: dict[str, dict[str, Any]] = {
-    # Flipping changes the class of a traffic sign or a digit, so it is only ever done on request there.
-    "digits": {"image_size": 16, "augmentation": "none"},
-    "cifar10": {"image_size": 32, "augmentation": "crop_flip"},
-    "gtsrb": {"image_size": 32, "augmentation": "crop"},
-    "celeba": {"image_size": 64, "augmentation": "crop_flip"},
-    "folder": {"image_size": 32, "augmentation": "crop_flip"},
-}
-"""Known data sets and what `image_size: null` and `augmentation: null` stand for on each."""
 
-EXECUTION_FIELDS = frozenset({"data_dir", "download", "device", "threads", "checkpoint_every", "save_weights"})
+@dataclass(frozen=True)
+class DatasetFacts:
+    """What is known of a data set before it is there.
+
+    Attributes:
+        image_size: what `image_size: null` stands for, in pixels.
+        augmentation: what `augmentation: null` stands for. Flipping changes the class of a traffic sign or a digit.
+        train_images, test_images: numbers of the complete set, if it has one; a set without a test split has only
+            training images, of which a part is held out.
+    """
+
+    image_size: int
+    augmentation: str
+    train_images: int | None = None
+    test_images: int | None = None
+
+
+DATASETS = {
+    "digits": DatasetFacts(16, "none", 1_797),
+    "cifar10": DatasetFacts(32, "crop_flip", 50_000, 10_000),
+    "gtsrb": DatasetFacts(32, "crop", 39_209, 12_630),
+    "celeba": DatasetFacts(64, "crop_flip", 162_770, 19_962),
+    "folder": DatasetFacts(32, "crop_flip"),
+}
+"""Known data sets; `folder` stands for every `folder:/path`."""
+
+EXECUTION_FIELDS = frozenset({"data_dir", "download", "device", "save_weights"})
 """Where and how a run is executed. They do not say what is computed, so the hash leaves them out."""
 
 PENALTY_FIELDS = ("penalty", "penalty_layers", "penalty_normalization", "sigma", "warmup_epochs")
 """Which penalty it is that lambda weighs: they say nothing where lambda is 0."""
 
+MAX_RUNS = 10_000
+"""Runs that a study may have: more are a slip in a grid."""
+
 
 def _number(value: Any) -> Any:
-    """Make `1e-3` a number: YAML 1.1 reads it, lacking a dot, as a string."""
+    """Make `1e-3` a number: YAML 1.1 reads it, lacking a dot, as a string. A truth value is none."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
     if isinstance(value, str):
         try:
             return float(value)
@@ -80,7 +98,7 @@ class RunConfig(BaseModel):
     train_samples: Whole | None = Field(None, ge=1, description="stratified subset of the training images; null: all")
     test_samples: Whole | None = Field(None, ge=1, description="stratified subset of the test images; null: all")
     validation_share: Real = Field(0.1, gt=0, lt=1, description="share of the training images kept for validation")
-    split_seed: Whole = Field(0, ge=0, description="seed of the splits and subsets, the same for all runs")
+    split_seed: Whole = Field(0, ge=0, lt=2**63, description="seed of the splits and subsets, the same for all runs")
     augmentation: Literal["none", "crop", "crop_flip", "crop_rotate"] | None = Field(
         None, description="null: the data set's own"
     )
@@ -91,8 +109,8 @@ class RunConfig(BaseModel):
     width: Real = Field(1.0, gt=0, le=4, description="factor on the channels of every layer of the paper's networks")
 
     # Penalty: loss = cross-entropy + lambda * penalty (paper, eq. 3)
-    lambda_: Real = Field(0.0, ge=0, alias="lambda", description="weight of the penalty; 0 is standard training")
-    sigma: Real = Field(1e-4, gt=0, description="softness of the l0 surrogate (paper, eq. 1)")
+    lambda_: Real = Field(0.0, ge=0, le=1e9, alias="lambda", description="weight of the penalty; 0: standard training")
+    sigma: Real = Field(1e-4, ge=1e-30, le=1e9, description="softness of the l0 surrogate (paper, eq. 1)")
     penalty: Literal["l0", "l1", "hoyer", "transformed_l1"] = "l0"
     penalty_layers: Literal["relu", "all"] | tuple[str, ...] = Field(
         "relu", description="relu, all (every leaf module), or a list of layer name patterns (fnmatch)"
@@ -101,27 +119,26 @@ class RunConfig(BaseModel):
     warmup_epochs: Whole = Field(0, ge=0, description="lambda rises linearly from 0 over these first epochs")
 
     # Optimisation
-    epochs: Whole = Field(100, ge=1)
+    epochs: Whole = Field(100, ge=1, le=1_000_000)
     batch_size: Whole = Field(512, ge=2)
-    learning_rate: Real = Field(0.1, gt=0)
+    learning_rate: Real = Field(0.1, gt=0, le=1e6)
     learning_rate_decay: Real = Field(0.95, gt=0, le=1, description="factor on the learning rate after each epoch")
     momentum: Real = Field(0.9, ge=0, lt=1)
     nesterov: bool = True
-    weight_decay: Real = Field(5e-4, ge=0)
+    weight_decay: Real = Field(5e-4, ge=0, le=1e6)
     precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast in training")
     compile: bool = Field(False, description="torch.compile the network in training")
-    seed: Whole = Field(0, ge=0, description="drives weights, order and augmentation")
+    seed: Whole = Field(0, ge=0, lt=2**63, description="drives weights, order and augmentation")
+    threads: Whole = Field(1, ge=1, le=1024, description="PyTorch's CPU threads, which decide the order of sums")
 
     # Measurement
     energy_batch_size: Whole = Field(512, ge=1, description="images a batch when energy is measured (paper: 512)")
-    hardware: str = Field("horowitz-45nm-float32", description="a name of eatlib.energy.HARDWARE")
+    hardware: str = Field("horowitz-45nm-float32", description="a name of eatlib.hardware.HARDWARE")
 
     # Execution: not part of the hash
     data_dir: Path | None = Field(None, description="null: $EATLIB_DATA, else the repository's data/")
     download: bool = Field(False, description="may fetch a data set that is not there")
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
-    threads: Whole | None = Field(None, ge=1, description="PyTorch's CPU threads; null: PyTorch's choice")
-    checkpoint_every: Whole = Field(1, ge=0, description="epochs between checkpoints; 0: none")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:1")
     save_weights: bool = Field(False, description="keep the trained weights beside the result")
 
     @field_validator("dataset")
@@ -138,11 +155,11 @@ class RunConfig(BaseModel):
     @classmethod
     def _known_model(cls, value: str) -> str:
         if value not in ("resnet18", "vgg16"):
-            import torchvision.models
-            from torchvision.models import list_models  # slow import, only for other networks
+            import torchvision.models  # a slow import, only for other networks
 
-            if value not in list_models(module=torchvision.models):
-                close = difflib.get_close_matches(value, list_models(module=torchvision.models), n=3)
+            known = torchvision.models.list_models(module=torchvision.models)
+            if value not in known:
+                close = difflib.get_close_matches(value, known, n=3)
                 hint = f" (close: {', '.join(close)})" if close else ""
                 raise ValueError(f"must be resnet18, vgg16 or a torchvision classifier{hint}")
         return value
@@ -152,12 +169,10 @@ class RunConfig(BaseModel):
     def _one_pattern(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) and value not in ("relu", "all") else value
 
-    @field_validator("device")
+    @field_validator("hardware")
     @classmethod
-    def _known_device(cls, value: str) -> str:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
-            raise ValueError("must be auto, cpu, cuda or cuda:N")
-        return value
+    def _known_hardware(cls, value: str) -> str:
+        return find_hardware(value).name
 
     @model_validator(mode="before")
     @classmethod
@@ -165,8 +180,11 @@ class RunConfig(BaseModel):
         """Write the data set's own image size and augmentation out, so that the hash covers them."""
         if isinstance(values, dict):
             dataset = str(values.get("dataset", cls.model_fields["dataset"].default)).split(":")[0]
-            own = DATASETS.get(dataset, {})
-            values = values | {key: value for key, value in own.items() if values.get(key) is None}
+            if dataset in DATASETS:
+                own = DATASETS[dataset]
+                for key in ("image_size", "augmentation"):
+                    if values.get(key) is None:
+                        values = values | {key: getattr(own, key)}
         return values
 
     @model_validator(mode="after")
@@ -196,24 +214,16 @@ class RunConfig(BaseModel):
         """The configuration as JSON-ready values."""
         return self.model_dump(mode="json", by_alias=True)
 
+    def computed(self) -> dict[str, Any]:
+        """The fields that say what is computed: no `EXECUTION_FIELDS`; with lambda 0, no `PENALTY_FIELDS` either."""
+        silent = EXECUTION_FIELDS | (set(PENALTY_FIELDS) if self.lambda_ == 0 else set())
+        return {key: value for key, value in self.to_dict().items() if key not in silent}
+
     @property
     def hash(self) -> str:
-        """12 hex digits of a SHA-256 over what is computed: every field but `EXECUTION_FIELDS`.
-
-        With lambda 0 the penalty's other fields say nothing, so that standard training has one hash.
-        """
-        values = {key: value for key, value in self.to_dict().items() if key not in EXECUTION_FIELDS}
-        if self.lambda_ == 0:
-            for key in PENALTY_FIELDS:
-                del values[key]
-        text = json.dumps([CONFIG_VERSION, values], sort_keys=True, separators=(",", ":"))
+        """12 hex digits of a SHA-256 over what is computed; standard training has one, whatever its penalty fields."""
+        text = json.dumps([CONFIG_VERSION, self.computed()], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-    @property
-    def name(self) -> str:
-        """A file name that a person can read and that is this run's alone."""
-        dataset = re.sub(r"[^A-Za-z0-9]+", "-", self.dataset).strip("-")[-60:]
-        return f"{dataset}_{self.model}_lambda{self.lambda_:g}_seed{self.seed}_{self.hash}"
 
 
 class Block(BaseModel):
@@ -226,7 +236,7 @@ class Block(BaseModel):
 
 
 class Study(BaseModel):
-    """A set of runs and how to read them; a YAML file in `studies/`."""
+    """A set of runs and how to read them; a YAML file, those of this project in `studies/`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -246,9 +256,10 @@ class Study(BaseModel):
             ConfigError: the file is not YAML, or has an unknown field, a value out of range, ...
         """
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: not a YAML file ({error})") from None
+            values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # a safe loader
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"{path}: not a YAML file ({reason})") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: must be a mapping with the fields label, fixed, blocks")
         try:
@@ -258,54 +269,85 @@ class Study(BaseModel):
         study.runs()
         return study
 
-    def runs(self) -> list[RunConfig]:
-        """The runs in the order of the file, each once (by hash)."""
+    def runs(self) -> dict[str, RunConfig]:
+        """The runs in the order of the file, each once (by hash), by a name that says what varies among them."""
         runs: dict[str, RunConfig] = {}
         for index, block in enumerate(self.blocks, start=1):
+            where = f"study {self.name}, block {index}"
             twice = block.grid.keys() & (self.fixed | block.fixed).keys()
             if twice:
-                raise ConfigError(f"study {self.name}, block {index}: {sorted(twice)} both fixed and in the grid")
+                raise ConfigError(f"{where}: {sorted(twice)} both fixed and in the grid")
             for axis, values in block.grid.items():
                 if not values:
-                    raise ConfigError(f"study {self.name}, block {index}: grid axis {axis!r} has no values")
+                    raise ConfigError(f"{where}: grid axis {axis!r} has no values")
             for values in itertools.product(*block.grid.values()):
+                if len(runs) == MAX_RUNS:
+                    raise ConfigError(f"{where}: more than {MAX_RUNS:,} runs")
                 point = self.fixed | block.fixed | dict(zip(block.grid, values, strict=True))
-                run = RunConfig.parse(point, f"study {self.name}, block {index}")
+                run = RunConfig.parse(point, where)
                 runs.setdefault(run.hash, run)
-        return list(runs.values())
+        return _named(runs.values())
 
     def override(self, changes: dict[str, Any]) -> "Study":
         """The study with some fields set for all runs; a list is an axis.
 
         If what is computed changes, the study has a name of its own, and so its results a folder.
         """
-        if not changes:
-            return self
-        told = {key: value for key, value in sorted(changes.items()) if key not in EXECUTION_FIELDS}
         axes = {key: value for key, value in changes.items() if isinstance(value, list)}
         fixed = {key: value for key, value in changes.items() if key not in axes}
+        exact = ",".join(f"{key}={value}" for key, value in sorted(changes.items()) if key not in EXECUTION_FIELDS)
 
         def without(values: dict[str, Any]) -> dict[str, Any]:
             return {key: value for key, value in values.items() if key not in changes}
 
         blocks = [Block(fixed=without(b.fixed), grid=without(b.grid) | axes) for b in self.blocks]
-        exact = ",".join(f"{key}={value}" for key, value in told.items())
-        suffix = re.sub(r"[^A-Za-z0-9.=,-]+", "-", exact)[:60].strip("-")
-        if suffix != exact:  # two changes must not end in one name
-            suffix += "-" + hashlib.sha256(exact.encode()).hexdigest()[:8]
-        changed = Study(
-            name=f"{self.name}@{suffix}" if told else self.name,
-            label=f"{self.label} Changed: {', '.join(f'{k} = {v}' for k, v in told.items())}." if told else self.label,
-            margin=self.margin,
-            fixed=without(self.fixed) | fixed,
-            blocks=blocks,
-        )
+        changed = self.model_copy(update={"fixed": without(self.fixed) | fixed, "blocks": blocks})
+        if exact:
+            named = {"name": f"{self.name}@{_slug(exact)}", "label": f"{self.label} Changed: {exact}."}
+            changed = changed.model_copy(update=named)
         changed.runs()
         return changed
 
     def to_yaml(self) -> str:
         """The study as the text of a study file."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping, of which YAML would keep the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {key!r} stands twice in one mapping")
+        return node
+
+
+def _slug(exact: str) -> str:
+    """`exact` as a part of a file name; what cannot stand in one is replaced, and told apart by a hash."""
+    text = re.sub(r"[^A-Za-z0-9._=,-]+", "-", exact)[:60].strip("-")
+    return text if text == exact else f"{text}-{hashlib.sha256(exact.encode()).hexdigest()[:8]}"
+
+
+def _named(runs: Collection[RunConfig]) -> dict[str, RunConfig]:
+    """Runs by file name: data set, network, what differs among the runs of these two, lambda and seed."""
+    seen: dict[tuple[str, str, str], set[str]] = {}
+    for run in runs:
+        for key, value in run.computed().items():
+            seen.setdefault((run.dataset, run.model, key), set()).add(str(value))
+    named: dict[str, RunConfig] = {}
+    for run in runs:
+        folder = run.dataset.startswith("folder:")
+        parts = [_slug(Path(run.dataset).name if folder else run.dataset), run.model]
+        for key, value in run.computed().items():
+            if key in ("lambda", "seed") or len(seen[run.dataset, run.model, key]) > 1:
+                text = f"{value:g}" if isinstance(value, float) else str(value)
+                parts.append(_slug(text if isinstance(value, str) else f"{key}{text}"))
+        name = "_".join(parts)
+        named[name if name not in named else f"{name}_{run.hash}"] = run
+    return named
 
 
 def explain(error: ValidationError, where: str, known: list[str]) -> str:

@@ -6,6 +6,9 @@ Inputs are normalised inside the network, as in the paper, so that it takes imag
 import torch
 from torch import Tensor, nn
 
+Moments = tuple[float, ...]
+"""A number for each channel, of pixels in [0, 1]."""
+
 STEM_7X7_FROM = 64
 """Image side from which ResNet-18 starts with a 7x7 stride-2 convolution (the paper's CelebA network)."""
 
@@ -20,7 +23,7 @@ class ImageClassifier(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(self, mean: Moments, std: Moments) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
@@ -45,10 +48,8 @@ class BasicBlock(nn.Module):
         # None where the shortcut is the identity: an empty module would be charged for moving its input.
         self.shortcut = None
         if stride != 1 or channels_in != channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(channels_in, channels, 1, stride, bias=False),
-                nn.BatchNorm2d(channels),
-            )
+            convolution = nn.Conv2d(channels_in, channels, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(channels))
         self.relu2 = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,30 +62,17 @@ class BasicBlock(nn.Module):
 class ResNet18(ImageClassifier):
     """ResNet-18 without the max-pool after the stem: 11.17 M parameters with 10 classes and width 1."""
 
-    def __init__(
-        self,
-        classes: int,
-        image_size: int,
-        width: float,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-    ) -> None:
+    def __init__(self, classes: int, image_size: int, width: float, mean: Moments, std: Moments) -> None:
         super().__init__(mean, std)
-        base = _scaled(64, width)
-        if image_size >= STEM_7X7_FROM:
-            self.conv1 = nn.Conv2d(len(mean), base, 7, stride=2, padding=3, bias=False)
-        else:
-            self.conv1 = nn.Conv2d(len(mean), base, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(base)
+        channels_in = _scaled(64, width)
+        kernel, stride = (7, 2) if image_size >= STEM_7X7_FROM else (3, 1)
+        self.conv1 = nn.Conv2d(len(mean), channels_in, kernel, stride, padding=kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels_in)
         self.relu = nn.ReLU(inplace=True)
-        channels_in = base
         for stage in range(4):
             channels = _scaled(64 * 2**stage, width)
-            blocks = nn.Sequential(
-                BasicBlock(channels_in, channels, stride=1 if stage == 0 else 2),
-                BasicBlock(channels, channels, stride=1),
-            )
-            setattr(self, f"layer{stage + 1}", blocks)
+            first = BasicBlock(channels_in, channels, stride=1 if stage == 0 else 2)
+            setattr(self, f"layer{stage + 1}", nn.Sequential(first, BasicBlock(channels, channels, stride=1)))
             channels_in = channels
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten()
@@ -103,14 +91,7 @@ class VGG16(ImageClassifier):
     four at 16x16.
     """
 
-    def __init__(
-        self,
-        classes: int,
-        image_size: int,
-        width: float,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-    ) -> None:
+    def __init__(self, classes: int, image_size: int, width: float, mean: Moments, std: Moments) -> None:
         super().__init__(mean, std)
         self.features = nn.Sequential()
         channels_in = len(mean)
@@ -138,7 +119,7 @@ class VGG16(ImageClassifier):
 class TorchvisionClassifier(ImageClassifier):
     """A classifier of `torchvision.models`, with fresh weights and the input normalised in front."""
 
-    def __init__(self, name: str, classes: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(self, name: str, classes: int, mean: Moments, std: Moments) -> None:
         from torchvision.models import get_model  # a slow import that the paper's networks do without
 
         super().__init__(mean, std)
@@ -154,8 +135,8 @@ def build_model(
     classes: int,
     image_size: int = 32,
     width: float = 1.0,
-    mean: tuple[float, ...] = (0.0, 0.0, 0.0),
-    std: tuple[float, ...] = (1.0, 1.0, 1.0),
+    mean: Moments = (0.0, 0.0, 0.0),
+    std: Moments = (1.0, 1.0, 1.0),
 ) -> ImageClassifier:
     """A network with freshly drawn weights, for (N, len(mean), image_size, image_size) images.
 
@@ -172,6 +153,15 @@ def build_model(
     if name == "vgg16":
         return VGG16(classes, image_size, width, mean, std)
     return TorchvisionClassifier(name, classes, mean, std)
+
+
+def leaf_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that have no children, by dotted path, in order of registration."""
+    return {
+        name or type(module).__name__: module
+        for name, module in model.named_modules()
+        if next(module.children(), None) is None
+    }
 
 
 def count_parameters(model: nn.Module) -> int:

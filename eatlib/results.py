@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from eatlib.config import EXECUTION_FIELDS, PENALTY_FIELDS, RunConfig, Study, explain
+from eatlib.config import PENALTY_FIELDS, RunConfig, Study, explain
+from eatlib.hardware import Accounting, Hardware, Totals, energy_ratio, find_hardware, joules_per_image
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA_VERSION: Literal[1] = 1
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("eatlib", "torch", "torchvision", "numpy")
+NUMBERS = ("hardware", "config", "data", "models", "penalties", "energy", "checkpoint", "training")
+"""The modules that decide the numbers in a result."""
 
 
 class ResultError(ValueError):
@@ -30,15 +32,22 @@ class ResultError(ValueError):
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
 
 
-class EnergyTotals(_Record):
-    """Energy of one pass over a split, in one accounting (see `eatlib.energy`)."""
+class Energy(_Record):
+    """Energy of one pass over a split in one accounting (see `eatlib.energy`), at the prices of `config.hardware`."""
 
     ratio: float = Field(ge=0, description="energy with zero-skipping over energy without it")
     joules_per_image: float = Field(ge=0, description="with zero-skipping")
     dense_joules_per_image: float = Field(ge=0, description="without zero-skipping")
+    totals: list[Totals] = Field(min_length=1, description="one for each size of batch, to which any prices apply")
+
+    @classmethod
+    def of(cls, report: Any) -> "Energy":
+        """What an `EnergyReport` says, without its layers."""
+        joules = {key: getattr(report, key) for key in ("joules_per_image", "dense_joules_per_image")}
+        return cls(ratio=report.ratio, **joules, totals=report.batches)
 
 
 class LayerFiring(_Record):
@@ -56,11 +65,9 @@ class Evaluation(_Record):
     accuracy: float = Field(ge=0, le=1, description="share of images classified correctly")
     macro_accuracy: float = Field(ge=0, le=1, description="mean over the classes of the accuracy on each")
     loss: float = Field(description="mean cross-entropy")
-    energy: dict[Literal["published", "fused"], EnergyTotals]
+    energy: dict[Accounting, Energy]
     firing: list[LayerFiring] = Field(description="in the order of the calls")
-    uncounted: dict[Literal["published", "fused"], list[str]] = Field(
-        description="by accounting, what it saw but could not count"
-    )
+    uncounted: dict[Accounting, list[str]] = Field(description="by accounting, what it saw but could not count")
 
 
 class Epoch(_Record):
@@ -95,11 +102,11 @@ class Provenance(_Record):
     """Where a result comes from."""
 
     git_commit: str | None = Field(description="None: not run from a git checkout")
-    git_clean: bool | None = Field(description="whether eatlib/ and notebooks/ had no uncommitted change")
+    git_clean: bool | None = Field(description="whether eatlib/ had no uncommitted change")
+    code: str = Field(description="12 hex digits of a SHA-256 over the modules that decide the numbers")
     packages: dict[str, str]
     python: str
     device: str
-    threads: int
     date: str = Field(description="UTC, when the run ended")
     wall_seconds: float = Field(ge=0, description="from the start of fit to its end, all attempts added")
     parameters: int = Field(description="trainable scalars of the network")
@@ -108,7 +115,7 @@ class Provenance(_Record):
 class RunResult(_Record):
     """One run: what was asked, what came out, where it comes from."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = 2
     config_hash: str
     config: RunConfig
     validation: Evaluation
@@ -125,19 +132,19 @@ class RunResult(_Record):
             raise ValueError(f"history has {len(self.history)} of {self.config.epochs} epochs")
         return self
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the JSON; `path` never holds a part of it, whatever happens meanwhile."""
-        write_atomically(path, self.model_dump_json(indent=1, by_alias=True) + "\n")
+        write_atomically(Path(path), self.model_dump_json(indent=1, by_alias=True) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> "RunResult":
+    def load(cls, path: str | Path) -> "RunResult":
         """Read and validate a result.
 
         Raises:
             ResultError: the file is damaged, foreign, or altered.
         """
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ResultError(f"{path}: not a JSON file ({error})") from None
         try:
@@ -167,26 +174,32 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def git_state() -> tuple[str | None, bool | None]:
     """The commit that the code is at, and whether the code has no uncommitted change; (None, None) outside git."""
 
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
     try:
-        return git("rev-parse", "HEAD"), not git("status", "--porcelain", "--", "eatlib", "notebooks")
+        commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "eatlib"])
+        commit, changes = (subprocess.check_output(["git", "-C", ROOT, *c], stderr=-3, text=True) for c in commands)
     except (OSError, subprocess.CalledProcessError):
         return None, None
+    return commit.strip(), not changes
 
 
-def provenance(*, device: str, threads: int, wall_seconds: float, parameters: int) -> Provenance:
+@cache
+def code_digest() -> str:
+    """12 hex digits that change with the code of the modules that decide the numbers in a result."""
+    folder = Path(__file__).parent
+    files = [path for name in NUMBERS for path in [folder / f"{name}.py", *sorted((folder / name).glob("*.py"))]]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files if path.exists())).hexdigest()[:12]
+
+
+def provenance(device: str, *, wall_seconds: float, parameters: int) -> Provenance:
     """The facts about this machine and this code, and those given."""
     commit, clean = git_state()
     return Provenance(
         git_commit=commit,
         git_clean=clean,
+        code=code_digest(),
         packages={name: metadata.version(name) for name in PACKAGES},
         python=platform.python_version(),
         device=device,
-        threads=threads,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         wall_seconds=round(wall_seconds, 3),
         parameters=parameters,
@@ -198,25 +211,29 @@ class StudyResults:
     """What the results folder of a study holds.
 
     Attributes:
-        results: of the runs that the study consists of, in its order.
-        missing: the runs that have no result.
+        runs: the results of the study's runs by file name, in the study's order.
+        missing: names of the runs that have no result.
         problems: one message for each file that is not a result.
     """
 
     study: Study
-    results: list[RunResult]
-    missing: list[RunConfig]
+    runs: dict[str, RunResult]
+    missing: list[str]
     problems: list[str]
 
     @classmethod
-    def load(cls, folder: Path) -> "StudyResults":
-        """Read `study.yaml` and every JSON in `folder`; results of other configurations are left out.
+    def load(cls, folder: str | Path, study: Study | None = None) -> "StudyResults":
+        """Read every JSON in `folder`. A result is known by its configuration's hash, whatever its file is called.
+
+        Args:
+            study: whose results these are; None: the folder's `study.yaml`. Results of other runs are left out.
 
         Raises:
             ConfigError: `study.yaml` is not valid.
             FileNotFoundError: there is none.
         """
-        study = Study.load(folder / "study.yaml")
+        folder = Path(folder)
+        study = study or Study.load(folder / "study.yaml")
         found, problems = {}, []
         for path in sorted(folder.glob("*.json")):
             try:
@@ -224,98 +241,82 @@ class StudyResults:
             except ResultError as error:
                 problems.append(str(error))
             else:
-                found[result.config_hash] = result
+                found[result.config_hash] = path.stem, result
         runs = study.runs()
         return cls(
             study=study,
-            results=[found[run.hash] for run in runs if run.hash in found],
-            missing=[run for run in runs if run.hash not in found],
+            runs=dict(found[run.hash] for run in runs.values() if run.hash in found),
+            missing=[name for name, run in runs.items() if run.hash not in found],
             problems=problems,
         )
 
     def scale(self) -> list[str]:
         """For each data set and network, in a line: which images, whether all of them, what width, how long."""
         lines: dict[str, None] = {}
-        for result in self.results:
-            config, data = result.config, result.data
-            source = "the complete data set"
-            if not data.complete:
-                source = f"a PARTIAL data set of {data.source_train:,} + {data.source_test:,} images"
-            width = "" if config.width == 1 else f" at {config.width:g} of its width"
+        for config, data in ((result.config, result.data) for result in self.runs.values()):
+            source = f"a PARTIAL data set of {data.source_train:,} + {data.source_test:,} images"
             lines[
-                f"{config.model}{width}, {config.epochs} epochs on {data.name}: {data.train:,} training, "
-                f"{data.validation:,} validation and {data.test:,} test images of {data.image_size}x{data.image_size} "
-                f"pixels, from {source}"
+                f"{config.model}{'' if config.width == 1 else f' at {config.width:g} of its width'}, "
+                f"{config.epochs} epochs on {data.name}: {data.train:,} training, {data.validation:,} validation and "
+                f"{data.test:,} test images of {data.image_size}x{data.image_size} pixels, "
+                f"from {'the complete data set' if data.complete else source}"
             ] = None
         return list(lines)
 
     def code(self) -> str:
-        """Which commits the results were made by, in a sentence; several are never mixed silently."""
-        commits = {}
-        for result in self.results:
-            commit = result.provenance.git_commit
-            name = "code outside git" if commit is None else f"commit {commit[:10]}"
-            clean = "" if result.provenance.git_clean or commit is None else " with uncommitted changes"
-            commits[name + clean] = commits.get(name + clean, 0) + 1
-        if len(commits) == 1:
-            return f"All runs were made by {next(iter(commits))}."
-        parts = ", ".join(f"{count} by {name}" for name, count in commits.items())
-        return f"MIXED: the runs were made by different versions of the code: {parts}."
+        """Which code the results were made by, in a sentence; several are never mixed silently."""
+        origins = [result.provenance for result in self.runs.values()]
+        if len({origin.code for origin in origins}) > 1:
+            return "MIXED: the runs were made by different versions of the code."
+        commits = {
+            (origin.git_commit or "outside git")[:11] + ("" if origin.git_clean else " with uncommitted changes")
+            for origin in origins
+        }
+        return f"All runs were made by the same code (commit {', '.join(sorted(commits))})."
 
     def digest(self) -> str:
         """SHA-256 over the results, by which a figure can be told to be of them."""
-        return hashlib.sha256("".join(result.model_dump_json() for result in self.results).encode()).hexdigest()
+        text = "".join(result.model_dump_json() for result in self.runs.values())
+        return hashlib.sha256(text.encode()).hexdigest()
 
-    def table(self) -> "pd.DataFrame":
-        """One row a run: the configuration's fields, and accuracies and energies as `<split>_<quantity>`.
+    def table(self, hardware: str | Hardware | None = None) -> "pd.DataFrame":
+        """One row a run: its file name, its configuration, and accuracies and energies as `<split>_<quantity>`.
 
+        With lambda 0 the penalty's fields have their defaults, so that standard training is one group.
         `test_relu_firing` is the mean over ReLUs of their firing share; `collapsed`: macro accuracy at most 5 % of the
         way from chance to perfect.
+
+        Args:
+            hardware: prices for the energies; None: those of each run's configuration.
         """
         import pandas as pd  # a slow import that a training run does without
 
-        return pd.DataFrame([table_row(result) for result in self.results])
+        return pd.DataFrame([_row(name, result, hardware) for name, result in self.runs.items()])
 
 
-def table_values(config: RunConfig) -> dict[str, Any]:
-    """The fields of a configuration that say what is computed, as values that rows can be grouped by.
-
-    The penalty's fields say nothing where lambda is 0: standard training has one value in each.
-    """
-    values = {key: value for key, value in config.to_dict().items() if key not in EXECUTION_FIELDS}
-    if config.lambda_ == 0:
-        values |= {key: RunConfig.model_fields[key].default for key in PENALTY_FIELDS}
-    elif not isinstance(values["penalty_layers"], str):
-        values["penalty_layers"] = ", ".join(values["penalty_layers"])  # a list could not be grouped by
-    return values
-
-
-def table_row(result: RunResult) -> dict[str, Any]:
-    """One row of `StudyResults.table`."""
-    row = table_values(result.config)
-    for split in ("validation", "test"):
-        evaluation: Evaluation = getattr(result, split)
+def _row(name: str, result: RunResult, hardware: str | Hardware | None) -> dict[str, Any]:
+    config, data = result.config, result.data
+    row = {"run": name} | {key: RunConfig.model_fields[key].default for key in PENALTY_FIELDS} | config.computed()
+    if not isinstance(row["penalty_layers"], str):
+        row["penalty_layers"] = ", ".join(row["penalty_layers"])  # a list could not be grouped by
+    prices = find_hardware(hardware or config.hardware)
+    row["hardware"] = prices.name
+    chance = 1 / len(data.classes)
+    for split, evaluation in (("validation", result.validation), ("test", result.test)):
         row[f"{split}_accuracy"] = evaluation.accuracy
         row[f"{split}_macro_accuracy"] = evaluation.macro_accuracy
-        for accounting, totals in evaluation.energy.items():
-            row[f"{split}_{accounting}_ratio"] = totals.ratio
-            row[f"{split}_{accounting}_joules"] = totals.joules_per_image
-    classes = len(result.data.classes)
-    chance = 1 / classes
+        # Whatever the shares of the classes are: one that is always predicted gives exactly chance.
+        row[f"{split}_collapsed"] = evaluation.macro_accuracy <= chance + 0.05 * (1 - chance)
+        for accounting, energy in evaluation.energy.items():
+            row[f"{split}_{accounting}_ratio"] = energy_ratio(energy.totals, accounting, prices)
+            row[f"{split}_{accounting}_joules"] = joules_per_image(energy.totals, prices)
     relus = [layer.firing for layer in result.test.firing if layer.kind in ("ReLU", "ReLU6")]
     return row | {
-        "hash": result.config_hash,
-        "classes": classes,
-        # Whatever the shares of the classes are: one that is always predicted gives exactly chance.
-        "collapsed": result.test.macro_accuracy <= chance + 0.05 * (1 - chance),
-        "validation_collapsed": result.validation.macro_accuracy <= chance + 0.05 * (1 - chance),
         "test_relu_firing": sum(relus) / len(relus) if relus else None,
-        "complete": result.data.complete,
-        "source_train": result.data.source_train,
-        "source_test": result.data.source_test,
-        "train_images": result.data.train,
-        "validation_images": result.data.validation,
-        "test_images": result.data.test,
-        "git_commit": result.provenance.git_commit,
+        "classes": len(data.classes),
+        "complete": data.complete,
+        "train_images": data.train,
+        "validation_images": data.validation,
+        "test_images": data.test,
         "wall_seconds": result.provenance.wall_seconds,
     }

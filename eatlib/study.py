@@ -1,264 +1,71 @@
-"""A study -> the runs that are missing -> papermill, here or on a cluster.
+"""Run a study: what the Snakefile asks, what is checked before it starts, and one run's process.
 
-    python -m eatlib.study run quick
-    python -m eatlib.study list
+    python -m eatlib.study quick --set epochs=2 -c 2     check, call Snakemake, show the table
 
-Each run is a process of its own that executes `notebooks/1_train.ipynb` with papermill; Dask says where and when.
-In `results/<study>/`, `<run>.json` is the one sign that a run is done; `notebooks/` holds the executed notebooks
-and `work/` what a run needs while it is not done: its lock, log, checkpoint and progress.
+In `results/<study>/`, `<run>.json` is the one sign that a run is done. `notebooks/` holds the executed notebooks,
+`log/` what was printed, and `work/` what a run needs while it is not done: its lock, checkpoint and progress. Every
+lock is the operating system's, and ends with its process.
 """
 
 import argparse
-import ast
+import itertools
 import json
 import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-import uuid
-from collections import Counter
-from collections.abc import Iterable
-from contextlib import ExitStack, redirect_stdout
-from dataclasses import dataclass
-from importlib.util import find_spec
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
-from eatlib import estimate
-from eatlib.config import ConfigError, RunConfig, Study
-from eatlib.results import ROOT, ResultError, RunResult, write_atomically
+from eatlib.config import DATASETS, ConfigError, RunConfig, Study
+from eatlib.results import ROOT, ResultError, RunResult, StudyResults, write_atomically
 
-STUDIES = ROOT / "studies"
-RESULTS = ROOT / "results"
 TRAIN_NOTEBOOK = ROOT / "notebooks" / "1_train.ipynb"
 TRADEOFF_NOTEBOOK = ROOT / "notebooks" / "2_tradeoff.ipynb"
-
-TRAINING_CODE = [
-    f"eatlib/{module}.py" for module in ("config", "data", "models", "activations", "penalties", "energy", "training")
-]
-"""What decides the numbers in a result; when it changes, older results are stale."""
-
-DATA_FIELDS = {
-    "dataset",
-    "image_size",
-    "train_samples",
-    "test_samples",
-    "validation_share",
-    "split_seed",
-    "allow_partial",
-    "data_dir",
-    "download",
-}
-"""Fields of a configuration that say which images its run sees, and where they are."""
-
-MEMORY_PER_RUN = 2 << 30
-"""Bytes of memory that the default number of workers allows each run."""
-BUSY = 3
-"""Exit status of a run's process when another process is at work on the same run."""
-STOPPED = 128 + signal.SIGTERM
+KERNEL = {"kernel_name": "python3", "cwd": str(ROOT)}
+RUNNER = "EATLIB_RUNNER"
+"""Environment variable with the process that a local engine ends with."""
 
 
 class StudyError(Exception):
     """Something the user asked for that cannot be done; the message is one line."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """One run of a study and the files it uses."""
-
-    config: RunConfig
-    folder: Path
-
-    @property
-    def name(self) -> str:
-        return self.config.name
-
-    @property
-    def result(self) -> Path:
-        return self.folder / f"{self.name}.json"
-
-    @property
-    def notebook(self) -> Path:
-        return self.folder / "notebooks" / f"{self.name}.ipynb"
-
-    @property
-    def work(self) -> Path:
-        return self.folder / "work" / self.name
-
-    @property
-    def lock(self) -> Path:
-        return self.work.parent / f"{self.name}.lock"
-
-    @property
-    def log(self) -> Path:
-        return self.work.parent / f"{self.name}.log"
-
-    def load(self) -> RunResult | None:
-        """The result if the run is done: it is there, validates, and is of this very configuration."""
-        try:
-            result = RunResult.load(self.result)
-        except (ResultError, OSError):
-            return None
-        return result if result.config_hash == self.config.hash else None
-
-    def parameters(self) -> dict[str, Any]:
-        """What papermill sets in the notebook."""
-        values = self.config.model_dump(mode="json")
-        return values | {"result_path": str(self.work / "result.json"), "work_dir": str(self.work)}
+# --- what the Snakefile asks --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How one attempt at a run ended."""
+def open_study(name: str) -> Study:
+    """A study of `studies/` by name, or any study file by path.
 
-    name: str
-    status: Literal["done", "failed", "busy", "stopped"]
-    seconds: float = 0.0
-    error: str = ""
-
-
-# --- one run, in a process of its own ---------------------------------------------------------------------------
-
-
-def execute(job: Job, *, wait: bool) -> int:
-    """Execute the run's notebook in this process, unless it is done or another process is at it.
-
-    The lock belongs to the process and ends with it, however it ends. The notebook writes its result into the
-    work folder; only one that validates is moved to where it counts.
+    Raises:
+        StudyError: there is none, or it is not valid.
     """
-    # At import, jsonschema's optional check of international addresses compiles a grammar, for over a second.
-    sys.modules.setdefault("rfc3987_syntax", None)
-    import papermill
-    from filelock import FileLock, Timeout
-
-    job.work.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(job.lock, timeout=-1 if wait else 0)
+    path = Path(name) if name.endswith((".yaml", ".yml")) else ROOT / "studies" / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(path.stem for path in (ROOT / "studies").glob("*.yaml")))
+        raise StudyError(f"study = {name!r}: must be one of {known}, or the path of a YAML file")
     try:
-        lock.acquire()
-    except Timeout:
-        return BUSY
-    with lock:
-        if job.load() is not None:
-            return 0
-        job.notebook.parent.mkdir(parents=True, exist_ok=True)
-        job.notebook.unlink(missing_ok=True)
-        papermill.execute_notebook(
-            TRAIN_NOTEBOOK,
-            job.notebook,
-            job.parameters(),
-            kernel_name="python3",
-            progress_bar=False,
-            cwd=str(job.folder),
-            shutdown_kernel="immediate",  # all is written by then, and PyTorch takes a second to end by itself
-        )
-        finished = job.work / "result.json"
-        if not finished.exists():
-            raise RuntimeError("the notebook ended without writing a result")
-        if RunResult.load(finished).config_hash != job.config.hash:
-            raise RuntimeError("the notebook wrote a result of another configuration")
-        weights = finished.with_suffix(".safetensors")
-        if weights.exists():
-            weights.replace(job.result.with_suffix(".safetensors"))
-        finished.replace(job.result)
-        shutil.rmtree(job.work, ignore_errors=True)
-    return 0
+        return Study.load(path)
+    except ConfigError as error:
+        raise StudyError(str(error)) from None
 
 
-def _die_with(parent: int) -> None:
-    """End this process and its kernel on SIGTERM, or when the process that started it is gone."""
-    import psutil
-
-    def end(*_: object) -> None:
-        for child in psutil.Process().children(recursive=True):
-            child.kill()
-        os._exit(STOPPED)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        end()
-
-    signal.signal(signal.SIGTERM, end)
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def run_process(job: Job, *, wait: bool, threads: int, stop: Path) -> Outcome:
-    """Start the process that executes one run and see it to its end. This is the task that Dask sends to a worker.
-
-    Args:
-        wait: if another process is at the run, wait for it; else come back as "busy".
-        stop: when this file appears, the run is ended.
-    """
-    start = time.monotonic()
-    job.log.parent.mkdir(parents=True, exist_ok=True)
-    environment = _environment() | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    gpu = _take_gpu() if job.config.device in ("auto", "cuda") else None
-    if gpu is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = gpu
-    request = {
-        "config": job.config.to_dict(),
-        "folder": str(job.folder),
-        "wait": wait,
-        "parent": os.getpid(),
-    }
-    try:
-        with job.log.open("a") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "eatlib.study", "_execute", json.dumps(request)],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=environment,
-                start_new_session=True,  # Ctrl-C reaches the runner alone, which then ends its runs in order
-            )
-            while process.poll() is None:
-                if stop.exists():
-                    process.terminate()
-                    process.wait()
-                    break
-                time.sleep(0.1)
-    finally:
-        if gpu is not None:
-            with _GPU_LOCK:
-                _GPU_RUNS[gpu] -= 1
-    seconds = time.monotonic() - start
-    if process.returncode == BUSY:
-        return Outcome(job.name, "busy")
-    if stop.exists():
-        return Outcome(job.name, "stopped", seconds)
-    if process.returncode == 0 and job.load() is not None:
-        job.log.unlink(missing_ok=True)
-        return Outcome(job.name, "done", seconds)
-    return Outcome(job.name, "failed", seconds, _last_error(job, process.returncode))
-
-
-def _environment() -> dict[str, str]:
-    """For processes that execute notebooks: this Python and this eatlib, whatever else the user has installed."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"JUPYTER_PREFER_ENV_PATH": "1", "PYTHONPATH": path}
-    if data := os.environ.get("EATLIB_DATA"):
-        environment["EATLIB_DATA"] = str(Path(data).expanduser().absolute())
-    return environment
-
-
-_GPU_RUNS: Counter[str] = Counter()
-_GPU_LOCK = threading.Lock()
-
-
-def _take_gpu() -> str | None:
-    """The GPU of this machine that has the fewest runs of this process; None if it has no GPU."""
-    gpus = local_gpus()
-    with _GPU_LOCK:
-        chosen = min(gpus, key=_GPU_RUNS.__getitem__, default=None)
-        if chosen is not None:
-            _GPU_RUNS[chosen] += 1
-    return chosen
+def result_files(study: Study, folder: Path) -> dict[str, RunConfig]:
+    """The file in which each run has its result, or will have it; a result is known by its hash, not by its name."""
+    found = StudyResults.load(folder, study)
+    names = {result.config_hash: name for name, result in found.runs.items()}
+    return {names.get(run.hash, name): run for name, run in study.runs().items()}
 
 
 def local_gpus() -> list[str]:
@@ -273,373 +80,181 @@ def local_gpus() -> list[str]:
     return [gpu for gpu in map(str.strip, listed.split(",")) if re.fullmatch(r"\d+|(GPU|MIG)-.+", gpu)]
 
 
-def _last_error(job: Job, status: int) -> str:
-    """What went wrong, in a few lines: a signal, the notebook's error if it holds one, else the end of the log."""
-    if status < 0:
-        hint = " (out of memory?)" if status == -signal.SIGKILL else ""
-        return f"the run's process was killed by {signal.Signals(-status).name}{hint}"
-    try:
-        cells = json.loads(job.notebook.read_text())["cells"]
-    except (OSError, ValueError, KeyError):
-        cells = []
-    for cell in cells:
-        for output in cell.get("outputs", []):
-            if output.get("output_type") == "error":
-                return f"{output['ename']}: {output['evalue']}"
-    if shutil.disk_usage(job.folder).free < 1 << 20:
-        return f"no space left on the disk of {job.folder}"
-    lines = [line for line in job.log.read_text(errors="replace").splitlines() if line.strip()]
-    return "\n".join(lines[-3:]) or f"the run's process ended with status {status} and no message"
-
-
-# --- a study ----------------------------------------------------------------------------------------------------
-
-
-def load_study(name: str, changes: dict[str, Any] | None = None) -> Study:
-    """A study of `studies/` by name, with `changes` applied to all its runs.
-
-    Raises:
-        StudyError: no such study, or a field that cannot be used.
-    """
-    path = STUDIES / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(path.stem for path in STUDIES.glob("*.yaml")))
-        raise StudyError(f"unknown study {name!r}; there are: {known}")
-    try:
-        return Study.load(path).override(changes or {})
-    except ConfigError as error:
-        raise StudyError(str(error)) from None
-
-
-def jobs(study: Study, results: Path) -> list[Job]:
-    """The runs of a study with their files under `results`; a relative `data_dir` is from the current folder."""
-    configs = study.runs()
-    for index, config in enumerate(configs):
-        if config.data_dir is not None:  # a run is executed in another folder
-            place = config.data_dir.expanduser().absolute()
-            configs[index] = config.model_copy(update={"data_dir": place})
-    return [Job(config, results / study.name) for config in configs]
-
-
-def code_changed(result: RunResult) -> bool | None:
-    """Whether `TRAINING_CODE` differs from what made this result; None if git cannot tell."""
-    commit = result.provenance.git_commit
-    if commit is None or not result.provenance.git_clean:
-        return None
-    command = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", *TRAINING_CODE]
-    status = subprocess.run(command, capture_output=True).returncode
-    return {0: False, 1: True}.get(status)
-
-
-def run_study(
-    study: Study,
-    results: Path = RESULTS,
-    *,
-    workers: int | None = None,
-    scheduler: str | None = None,
-    force: bool = False,
-    quiet: bool = False,
-) -> list[Outcome]:
-    """Execute the runs that have no result yet, in parallel; each goes its own way whatever becomes of the others.
-
-    Args:
-        results: the folder that holds one folder a study.
-        workers: runs at a time on this machine; None: what its cores and memory allow.
-        scheduler: address of a Dask scheduler whose workers see `results` under the same path.
-        force: also execute the runs that have a result.
-
-    Returns:
-        One outcome for each run that was attempted.
-
-    Raises:
-        StudyError: nothing was started: data are missing, the results folder cannot be written to, ...
-    """
-    results = results.resolve()
-    folder = results / study.name
-    todo = [job for job in jobs(study, results) if force or job.load() is None]
-    if todo:
-        _check_parameters(todo[0])
-        if scheduler is None:  # the workers of a cluster may have other data
-            _check_data(todo)
-    try:
-        (folder / "work").mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "study.yaml", study.to_yaml())
-        for old in (folder / "work").glob(".stop-*"):
-            if time.time() - old.stat().st_mtime > 3600:
-                old.unlink(missing_ok=True)
-    except OSError as error:
-        raise StudyError(f"cannot write to the results folder {folder}: {error.strerror}") from None
-    if not todo:
-        return []
-
-    from dask.distributed import Client, LocalCluster, as_completed
-
-    if scheduler is None:
-        count = _at_a_time(todo, workers)
-        share = max(1, _cores() // count)
-        cluster = LocalCluster(
-            n_workers=1,
-            threads_per_worker=count,
-            processes=False,
-            dashboard_address="127.0.0.1:0",
-            worker_dashboard_address="127.0.0.1:0",
-            silence_logs=50,
-        )
-        client = Client(cluster)
-    else:
-        cluster = None
-        try:
-            client = Client(scheduler, timeout=5)
-        except (OSError, TimeoutError, ValueError) as error:
-            raise StudyError(f"no Dask scheduler answers at {scheduler}: {error}") from None
-        share = 1
-    if find_spec("bokeh") is not None and not quiet:  # without it, schedulers announce a page that is not there
-        link = client.dashboard_link
-        # Dask names this machine by its address in the network, where the dashboard above does not listen.
-        print("Dask dashboard:", link if cluster is None else re.sub("//.*:", "//127.0.0.1:", link))
-    stop = folder / "work" / f".stop-{uuid.uuid4().hex}"
-    # An unmet resource waits for ever: a GPU is only asked for where workers declare them.
-    declared = client.scheduler_info()["workers"].values()
-    gpus_declared = any(worker.get("resources", {}).get("GPU") for worker in declared)
-
-    for job in todo:
-        _set_aside(job, force=force)
-    progress = _Progress(todo, total=len(jobs(study, results)), quiet=quiet)
-    outcomes: dict[str, Outcome] = {}
-    submitted: dict[Any, Job] = {}
-
-    def start(job: Job, *, wait: bool) -> Any:
-        threads = job.config.threads or share
-        resources = {"GPU": 1} if gpus_declared and job.config.device != "cpu" else None
-        future = client.submit(run_process, job, wait=wait, threads=threads, stop=stop, resources=resources, pure=False)
-        submitted[future] = job
-        return future
-
-    try:
-        running = as_completed([start(job, wait=False) for job in todo])
-        ticker = threading.Thread(target=progress.tick, daemon=True)
-        ticker.start()
-        for future in running:
-            job = submitted[future]
-            try:
-                outcome = future.result()
-            except Exception as error:  # the worker died, more often than Dask retries
-                outcome = Outcome(job.name, "failed", error=f"{type(error).__name__}: {error}")
-            if outcome.status == "busy":
-                running.add(start(job, wait=True))
-                continue
-            outcomes[job.name] = outcome
-            progress.finished(job, outcome)
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        stop.touch()
-        client.cancel(list(submitted))
-        _wait_for_end(todo)
-        raise
-    finally:
-        progress.close()
-        client.close()
-        if cluster is not None:
-            cluster.close()
-    return list(outcomes.values())
-
-
-def _set_aside(job: Job, *, force: bool) -> None:
-    """Move a file that is no result, or with `force` any, out of the run's place; nothing is lost."""
-    from filelock import FileLock, Timeout
-
-    try:
-        with FileLock(job.lock, timeout=0):
-            if not job.result.exists() or (job.load() is not None and not force):
-                return
-            aside = job.work.parent / f"{job.result.name}.{uuid.uuid4().hex[:8]}"
-            job.result.replace(aside)
-            shutil.rmtree(job.work, ignore_errors=True)
-            try:
-                RunResult.load(aside)
-            except ResultError as error:
-                print(f"not a result, set aside: {error}", file=sys.stderr)
-    except Timeout:
-        pass  # a process that is at it
-
-
-def _check_parameters(job: Job) -> None:
-    """papermill only warns about a parameter that the notebook lacks, so look before anything starts."""
-    notebook = json.loads(TRAIN_NOTEBOOK.read_text(encoding="utf-8"))  # to import nbformat takes a second
-    cells = [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]
-    if len(cells) != 1:
-        raise StudyError(f"{TRAIN_NOTEBOOK} must have exactly one cell tagged 'parameters', not {len(cells)}")
-    names = [node for node in ast.walk(ast.parse("".join(cells[0]["source"]))) if isinstance(node, ast.Name)]
-    known = {node.id for node in names if isinstance(node.ctx, ast.Store)}
-    missing = sorted(job.parameters().keys() - known)
-    if missing:
-        raise StudyError(f"{TRAIN_NOTEBOOK} has no parameter {', '.join(missing)}")
-
-
-def _check_data(todo: list[Job]) -> None:
-    """Have the data sets of these runs loaded once, so that no run has to fail, fetch or decode by itself.
-
-    In a process of its own, as that takes PyTorch; its messages come by its output, progress and warnings directly.
-    """
-    needed = {job.config.model_dump_json(include=DATA_FIELDS) for job in todo}
-    done = subprocess.run(
-        [sys.executable, "-m", "eatlib.study", "_load", str(os.getpid()), *sorted(needed)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=_environment(),
-        start_new_session=True,  # Ctrl-C reaches the runner alone, which then ends this process
-    )
-    if done.returncode != 0:
-        raise StudyError(done.stdout.strip() or f"the process that loads the data ended with status {done.returncode}")
-
-
-def _load(configurations: list[str]) -> int:
-    """Load the data of each configuration, given as JSON; print once each what is wrong with them."""
-    from eatlib.data import DataError, load_data
-
-    problems: dict[str, None] = {}
-    for text in configurations:
-        try:
-            with redirect_stdout(sys.stderr):  # for what torchvision has to say
-                load_data(RunConfig.parse(json.loads(text)), progress=sys.stderr.isatty())
-        except (DataError, OSError) as error:
-            problems[str(error)] = None
-    print(*problems, sep="\n")
-    return 1 if problems else 0
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _at_a_time(todo: list[Job], workers: int | None) -> int:
-    """Runs at a time on this machine; by default as many as there are GPUs, or cores and memory for their threads."""
+def end_with_parent() -> None:
+    """End this process and those that it started when its parent is gone, or on SIGTERM."""
     import psutil
 
-    if workers is None:
-        gpus = local_gpus()
-        if gpus and any(job.config.device != "cpu" for job in todo):
-            workers = len(gpus)
-        else:
-            by_cores = _cores() // max(job.config.threads or 1 for job in todo)
-            by_memory = psutil.virtual_memory().available // MEMORY_PER_RUN
-            workers = max(1, min(by_cores, by_memory))
-    return min(workers, len(todo))
+    parent = os.getppid()
+
+    def end(*_: object) -> None:
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
+        os._exit(128 + signal.SIGTERM)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        end()
+
+    signal.signal(signal.SIGTERM, end)
+    threading.Thread(target=watch, daemon=True).start()
 
 
-def _wait_for_end(todo: list[Job], timeout: float = 10) -> None:
-    """Wait until no process holds the lock of any of these runs."""
-    from filelock import FileLock, Timeout
+# --- one run, in a process of its own -----------------------------------------------------------------------------
 
-    deadline = time.monotonic() + timeout
-    for job in todo:
-        if job.lock.exists():
-            try:
-                FileLock(job.lock, timeout=max(0, deadline - time.monotonic())).acquire().lock.release()
-            except Timeout:
+
+def train(folder: Path, name: str) -> None:
+    """Execute the training notebook for one run of the study in `folder`, unless another process has done so.
+
+    The notebook writes its result into the work folder; only one that validates is moved to where it counts.
+    """
+    sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema's optional check compiles a grammar for over a second
+    import papermill
+
+    config = result_files(Study.load(folder / "study.yaml"), folder)[name]
+    work, notebook = folder / "work" / name, folder / "notebooks" / f"{name}.ipynb"
+    for path in (work, notebook.parent):
+        path.mkdir(parents=True, exist_ok=True)
+    with FileLock(work.with_suffix(work.suffix + ".lock")), gpu_of_its_own(config, local_gpus()) as gpu:
+        if (folder / f"{name}.json").exists():
+            return
+        finished = work / "result.json"
+        notebook.unlink(missing_ok=True)
+        os.environ |= {"OMP_NUM_THREADS": str(config.threads), "JUPYTER_PREFER_ENV_PATH": "1"}
+        if gpu is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+        papermill.execute_notebook(
+            TRAIN_NOTEBOOK,
+            notebook,
+            config.model_dump(mode="json") | {"result_path": str(finished), "work_dir": str(work)},
+            progress_bar=False,
+            **KERNEL,
+            shutdown_kernel="immediate",  # all is written by then, and PyTorch takes a second to end by itself
+        )
+        if RunResult.load(finished).config_hash != config.hash:
+            raise RuntimeError("the notebook wrote a result of another configuration")
+        weights = finished.with_suffix(".safetensors")
+        if weights.exists():
+            weights.replace(folder / f"{name}.safetensors")
+        finished.replace(folder / f"{name}.json")
+        shutil.rmtree(work)
+
+
+@contextmanager
+def gpu_of_its_own(config: RunConfig, gpus: list[str]) -> Iterator[str | None]:
+    """Hold one of `gpus` that no other run on this machine holds; None if the run may use none, or there are none."""
+    gpus = gpus if config.device in ("auto", "cuda") else []
+    for gpu in itertools.cycle(gpus):
+        try:
+            with FileLock(Path(tempfile.gettempdir()) / f"eatlib-{os.getuid()}-gpu-{gpu}.lock", timeout=0.5):
+                yield gpu
                 return
+        except Timeout:
+            continue
+    yield None
 
 
-class _Progress:
-    """What is running, how far it is, and how long it will take: a bar on a terminal, else a line a finished run."""
-
-    def __init__(self, todo: list[Job], *, total: int, quiet: bool) -> None:
-        from tqdm import tqdm
-
-        self._quiet = quiet
-        self._open = {job.name: job for job in todo}
-        self._done = total - len(todo)
-        self._total = total
-        self._bar: tqdm[Any] | None = None
-        self._closed = threading.Event()
-        self._start = time.time()
-        if self._done and not quiet:
-            print(f"{self._done} of {total} runs have a result already")
-        if sys.stderr.isatty() and not quiet:
-            self._bar = tqdm(
-                total=len(todo),
-                bar_format="{n:.1f}/{total} runs |{bar:20}| {elapsed}, {remaining} left {postfix}",
-                dynamic_ncols=True,
-            )
-
-    def tick(self) -> None:
-        """Keep the bar up to date from what the runs write after each epoch."""
-        shares: dict[str, float] = {}
-        while self._bar is not None and not self._closed.wait(0.5):
-            texts = []
-            running = list(self._open.values())
-            for job in running:
-                path = job.work / "progress.json"
-                try:
-                    if path.stat().st_mtime < self._start:
-                        continue  # of an earlier attempt
-                    state = json.loads(path.read_text())
-                except (OSError, ValueError):
-                    continue
-                config = job.config
-                shares[job.name] = state["epoch"] / state["epochs"]
-                texts.append(
-                    f"{config.model} {config.dataset} lambda {config.lambda_:g} seed {config.seed}: "
-                    f"epoch {state['epoch']}/{state['epochs']}, {state['images_per_second']:.0f} images/s"
-                )
-            more = f" and {len(texts) - 2} more" if len(texts) > 2 else ""
-            self._bar.n = self._bar.total - len(running) + sum(shares.get(job.name, 0) for job in running)
-            self._bar.set_postfix_str("; ".join(texts[:2]) + more if texts else "starting")
-
-    def finished(self, job: Job, outcome: Outcome) -> None:
-        """Say how a run ended."""
-        self._open.pop(job.name, None)
-        self._done += outcome.status == "done"
-        if outcome.status == "failed":
-            text = f"FAILED {job.name}: {outcome.error}\n       see {job.notebook}"
-        else:
-            text = f"{outcome.status} {job.name} in {outcome.seconds:.0f} s ({self._done} of {self._total})"
-        if self._bar is not None:
-            if outcome.status == "failed":
-                self._bar.write(text)
-        elif outcome.status == "failed" or not self._quiet:
-            print(text, flush=True)
-
-    def close(self) -> None:
-        """Take the bar away."""
-        self._closed.set()
-        if self._bar is not None:
-            self._bar.n = self._bar.total - len(self._open)
-            self._bar.set_postfix_str("")
-            self._bar.close()
-
-
-def render(study_name: str, results: Path) -> None:
-    """Execute `2_tradeoff.ipynb` on the study's results, beside them, and make a self-contained page of it."""
+def draw(folder: Path) -> None:
+    """Execute the trade-off notebook on the study in `folder`, and make a self-contained page of it."""
     import papermill
     from nbconvert import HTMLExporter
 
-    notebook = results / study_name / "tradeoff.ipynb"
-    papermill.execute_notebook(
-        TRADEOFF_NOTEBOOK,
-        notebook,
-        {"study": study_name, "results": str(results)},
-        kernel_name="python3",
-        progress_bar=False,
-    )
-    exporter = HTMLExporter(
-        exclude_input=True, exclude_output_prompt=True, embed_images=True, mathjax_url="", require_js_url=""
-    )
+    notebook = folder / "tradeoff.ipynb"
+    values = {"study": folder.name, "results": str(folder.parent)}
+    papermill.execute_notebook(TRADEOFF_NOTEBOOK, notebook, values, progress_bar=False, **KERNEL)
+    options = {"exclude_input": True, "exclude_output_prompt": True, "embed_images": True}
+    exporter = HTMLExporter(**options, mathjax_url="", require_js_url="")
     write_atomically(notebook.with_suffix(".html"), exporter.from_filename(str(notebook))[0])
 
 
-# --- the command line -------------------------------------------------------------------------------------------
+def check_data(folder: Path) -> int:
+    """Load the data of each run once, so that no run has to fail, fetch or decode by itself; say what is wrong."""
+    from eatlib.data import DataError, load_data
+
+    fields = {"dataset", "image_size", "train_samples", "test_samples", "validation_share", "split_seed"}
+    fields |= {"allow_partial", "data_dir", "download"}
+    study = Study.load(folder / "study.yaml")
+    missing = StudyResults.load(folder, study).missing
+    todo = {run.model_dump_json(include=fields): run for name, run in study.runs().items() if name in missing}
+    problems: dict[str, None] = {}
+    for config in todo.values():
+        try:
+            load_data(config, progress=sys.stderr.isatty())
+        except (DataError, OSError) as error:
+            problems[str(error)] = None
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 2 if problems else 0
 
 
-def _changes(items: Iterable[str]) -> dict[str, Any]:
-    changes = {}
+# --- before anything starts ---------------------------------------------------------------------------------------
+
+
+def prepare(study: Study, folder: Path) -> None:
+    """Write the study beside its results and clear the places of its runs; the caller has the lock."""
+    text, path = study.to_yaml(), folder / "study.yaml"
+    if not path.exists() or path.read_text(encoding="utf-8") != text:  # a newer file has the figures drawn again
+        write_atomically(path, text)
+    found = StudyResults.load(folder, study)
+    for problem in found.problems:
+        print("not a result:", problem, file=sys.stderr)
+    for name in found.missing:
+        if (folder / f"{name}.json").exists():
+            aside = folder / "superseded" / f"{name}.{time.strftime('%Y%m%d-%H%M%S')}.json"
+            aside.parent.mkdir(exist_ok=True)
+            (folder / f"{name}.json").replace(aside)
+            shutil.rmtree(folder / "work" / name, ignore_errors=True)
+            print(f"{name}.json is no result of this configuration: moved to {aside}", file=sys.stderr)
+
+
+def show_plan(study: Study, folder: Path) -> None:
+    """Print a line a run: done, or why it is not and how long it may take, judged by like runs with a result."""
+    costs: dict[tuple[Any, ...], list[float]] = {}
+    for path in {*folder.parent.glob("*/*.json"), *(ROOT / "results").glob("**/*.json")}:
+        with suppress(ResultError, OSError):
+            result = RunResult.load(path)
+            images = result.data.train * len(result.history)
+            costs.setdefault(_kind(result.config), []).append(sum(e.seconds for e in result.history) / images)
+    done = StudyResults.load(folder, study).runs
+    total, unknown = 0.0, 0
+    for name, run in result_files(study, folder).items():
+        images = run.train_samples or DATASETS[run.dataset.split(":")[0]].train_images
+        if name in done:
+            print(f"{name}  done in {_duration(done[name].provenance.wall_seconds)}")
+            continue
+        reason = "its JSON is another configuration's" if (folder / f"{name}.json").exists() else "no result"
+        if like := costs.get(_kind(run) if images else ()):
+            seconds = statistics.median(like) * images * (1 - run.validation_share) * run.epochs
+            total += seconds
+            print(f"{name}  to train ({reason}), about {_duration(seconds)}")
+        else:
+            unknown += 1
+            print(f"{name}  to train ({reason}), no like has run")
+    print(f"{len(done)} runs are done. To train, one after another: about {_duration(total)}", end="")
+    print(f", and {unknown} runs of which no like has a result" if unknown else "")
+
+
+def _kind(config: RunConfig) -> tuple[Any, ...]:
+    """What decides how long a run takes for each image that it trains on."""
+    fields = ("model", "width", "image_size", "precision", "compile", "threads", "device")
+    return *(getattr(config, field) for field in fields), config.lambda_ > 0
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+
+def _changes(items: list[str]) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
     for item in items:
         key, equals, value = item.partition("=")
-        if not equals or not key:
-            raise StudyError(f"--set {item!r}: must be FIELD=VALUE, for example epochs=10 or seed=[0,1]")
-        if key in changes:
-            raise StudyError(f"--set {item!r}: {key} is set twice; a list is an axis, as in seed=[0,1]")
+        if not (key and equals) or key in changes:
+            raise StudyError(f"--set {item!r}: must be FIELD=VALUE, each field once, as in epochs=10 or seed=[0,1]")
         try:
             changes[key] = yaml.safe_load(value)
         except yaml.YAMLError:
@@ -647,223 +262,121 @@ def _changes(items: Iterable[str]) -> dict[str, Any]:
     return changes
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m eatlib.study", description="Run the studies of energy-aware training."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="execute the runs of a study that have no result yet, then draw it")
-    run.add_argument("study", nargs="?", default="quick", help="a file of studies/ (default: quick)")
-    run.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="set fields for all runs; a list is an axis",
-    )
-    run.add_argument("--dry-run", action="store_true", help="show the runs and what there is of them; do nothing")
-    run.add_argument(
-        "--measure", action="store_true", help="with --dry-run: time a few steps of what has not run here yet"
-    )
-    run.add_argument("--stale", action="store_true", help="show the results made by other code; do nothing")
-    run.add_argument("--force", action="store_true", help="execute also the runs that have a result")
-    run.add_argument("--workers", type=int, metavar="N", help="runs at a time (default: what the machine allows)")
-    run.add_argument("--scheduler", metavar="ADDRESS", help="use this Dask scheduler ($DASK_SCHEDULER_ADDRESS)")
-    run.add_argument("--download", action="store_true", help="fetch a data set that is not there")
-    run.add_argument("--quiet", action="store_true", help="say only what failed, and the results")
-    run.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where results go (results/)")
-    listing = commands.add_parser("list", help="show the studies, changed ones too, and how much of each is done")
-    listing.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
-    clean = commands.add_parser("clean", help="delete a study's logs, checkpoints and executed notebooks")
-    clean.add_argument("study", help="a study, or the name of its folder in results/")
-    clean.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
-    return parser
+def run_engine(folder: Path, names: list[str], options: list[str]) -> int:
+    """Call Snakemake in a session of its own and show how far its runs are; its exit status."""
+    import psutil
+    from tqdm import tqdm
 
-
-def _run(arguments: argparse.Namespace) -> int:
-    changes = _changes(arguments.set)
-    if arguments.workers is not None and arguments.workers < 1:
-        raise StudyError(f"--workers {arguments.workers}: must be 1 or more")
-    if arguments.download:
-        changes["download"] = True
-    study = load_study(arguments.study, changes)
-    results = arguments.results.resolve()
-    if arguments.measure and not arguments.dry_run:
-        raise StudyError("--measure is for --dry-run: it estimates, and trains nothing")
-    if arguments.stale:
-        _show_stale(study, results)
-        return 0
-    if arguments.dry_run:
-        _show_runs(study, results, workers=arguments.workers, force=arguments.force, measure=arguments.measure)
-        return 0
-    scheduler = arguments.scheduler or os.environ.get("DASK_SCHEDULER_ADDRESS")
-    if not arguments.quiet:
-        print(f"{study.name}: {study.label}", flush=True)
-    outcomes = run_study(
-        study,
-        results,
-        workers=arguments.workers,
-        scheduler=scheduler,
-        force=arguments.force,
-        quiet=arguments.quiet,
-    )
-    failed = [outcome for outcome in outcomes if outcome.status != "done"]
-    if not outcomes:
-        print("every run has a result already; --force trains them again")
-    status = _show_results(study, results)
-    if failed:
-        print(
-            f"{len(failed)} of {len(outcomes)} runs failed; the next call runs only these again",
-            file=sys.stderr,
-        )
-    return 1 if failed else status
-
-
-def _show_results(study: Study, results: Path) -> int:
-    """Draw the figures, print the table and where everything is; 1 if the figures could not be drawn."""
-    from filelock import FileLock
-
-    from eatlib import tables
-    from eatlib.results import StudyResults
-
-    folder = results / study.name
-    found = StudyResults.load(folder)
-    print(f"\n{study.label}", *found.scale(), sep="\n", end="\n\n")
-    for problem in found.problems:
-        print("not used:", problem, file=sys.stderr)
-    if not any(result.config.lambda_ == 0 for result in found.results):
-        print("no standard training (lambda 0) has a result: nothing to compare with")
-        return 0
-    summary = tables.tradeoff_table(found.table(), margin=study.margin)
-    print(f"{tables.readable(summary).to_string(index=False)}\n")
-    if len(beside := tables.paper_table(summary)):
-        print(f"The paper's table 1 beside ours:\n{beside.to_string(index=False)}\n")
-    print(found.code())
-    if found.missing:
-        print(f"{len(found.missing)} runs are missing")
-    if stale := sum(code_changed(result) is True for result in found.results):
-        print(f"{stale} results were made by other code than this: --stale lists them, --force trains again")
-    log = folder / "work" / "render.log"
-    with FileLock(log.with_suffix(".lock")), log.open("w") as output:
-        status = subprocess.run(
-            [sys.executable, "-m", "eatlib.study", "_render", study.name, str(results)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=_environment(),
-        ).returncode
-    if status != 0:
-        print(f"the figures could not be drawn, see {log}", file=sys.stderr)
-        return 1
-    log.unlink(missing_ok=True)
-    print()
-    for path in (*sorted(folder.glob("*.png")), folder / "tradeoff.ipynb", folder / "tradeoff.html"):
-        print(path)
-    return 0
-
-
-def _state(result: RunResult) -> str:
-    changed = code_changed(result)
-    return {True: "stale: the code has changed", False: "done", None: "done, code unknown"}[changed]
-
-
-def _show_stale(study: Study, results: Path) -> None:
-    """Print a line for each result that other code has made, or may have."""
-    for job in jobs(study, results):
-        result = job.load()
-        if result is not None and (state := _state(result)) != "done":
-            print(f"{job.name}  {state}, {result.provenance.wall_seconds:.0f} s")
-
-
-def _show_runs(study: Study, results: Path, *, workers: int | None, force: bool, measure: bool) -> None:
-    """Print a line a run, whether it is done and how long it took or may take, and how long all that is left may."""
-    found = [(job, job.load()) for job in jobs(study, results)]
-    todo = [job for job, result in found if force or result is None]
-    at_a_time = _at_a_time(todo, workers) if todo else 1
-    seconds = estimate.seconds_of(
-        [job.config for job in todo],
-        results,
-        device="cuda" if local_gpus() else "cpu",
-        threads=max(1, _cores() // at_a_time),
-        measure=measure,
-    )
-    for job, result in found:
-        text = "missing" if result is None else f"{_state(result)}, {estimate.duration(result.provenance.wall_seconds)}"
-        if job.name in seconds:
-            text += f", {'again ' if result else ''}about {estimate.duration(seconds[job.name])}"
-        print(f"{job.name}  {text}")
-    if not todo:
-        print("left: nothing")
-        return
-    texts = []
-    if seconds:
-        total = max(sum(seconds.values()) / at_a_time, *seconds.values())
-        pace = f"{at_a_time} runs at a time" if at_a_time > 1 else "one run after another"
-        texts.append(f"about {estimate.duration(total)} of training on this machine, {pace}")
-    if unknown := len(todo) - len(seconds):
-        reason = "no number of images is known" if measure else "no like has run here (--measure times a few steps)"
-        texts.append(f"no estimate for {unknown} of {len(todo)} runs, as {reason}")
-    print(f"left: {'; '.join(texts)}")
-
-
-def _list(arguments: argparse.Namespace) -> int:
-    studies = [load_study(path.stem) for path in STUDIES.glob("*.yaml")]
-    known = {study.name for study in studies}
-    for path in arguments.results.glob("*/study.yaml"):  # with changed fields, or no longer in studies/
-        if path.parent.name not in known:
-            try:
-                studies.append(Study.load(path).model_copy(update={"name": path.parent.name}))
-            except ConfigError as error:
-                print("not used:", error, file=sys.stderr)
-    width = max((len(study.name) for study in studies), default=0)
-    for study in sorted(studies, key=lambda study: study.name):
-        all_jobs = jobs(study, arguments.results)
-        done = sum(job.load() is not None for job in all_jobs)
-        print(f"{study.name:{width}} {done:4} of {len(all_jobs):4} runs done   {study.label}")
-    return 0
-
-
-def _clean(arguments: argparse.Namespace) -> int:
-    from filelock import FileLock, Timeout
-
-    folder = arguments.results / arguments.study
-    if Path(arguments.study).name != arguments.study or not (folder / "study.yaml").is_file():
-        raise StudyError(f"{arguments.study!r} has no results in {arguments.results}")
-    with ExitStack() as stack:
-        locks = sorted((folder / "work").glob("*.lock"))
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(ROOT)]
+    if "--profile" not in options:
+        memory = psutil.virtual_memory().available >> 20
+        command += ["--resources", f"mem_mb={memory}", f"gpu={len(local_gpus())}"]
+    command += ["--config", f"folder={folder}", *options]
+    process = {"stdin": subprocess.DEVNULL, "env": os.environ | {RUNNER: str(os.getpid())}, "start_new_session": True}
+    todo = [name for name in names if not (folder / f"{name}.json").exists()]
+    with (
+        (folder / "log" / "snakemake.log").open("w") as log,
+        tqdm(total=len(names), initial=len(names) - len(todo), unit="run", disable=None, dynamic_ncols=True) as bar,
+    ):
+        engine = subprocess.Popen(command, stderr=log, **process)
         try:
-            for lock in locks:
-                stack.enter_context(FileLock(lock, timeout=0))
-        except Timeout:
-            raise StudyError(f"{lock.stem} is being worked on: nothing is deleted") from None
-        shutil.rmtree(folder / "notebooks", ignore_errors=True)
-        for path in (folder / "work").glob("*"):
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path not in locks:  # a lock that is deleted locks nobody out
-                path.unlink()
-    return 0
+            while engine.poll() is None:
+                time.sleep(0.2)
+                _show(folder, todo, bar)
+        finally:
+            for child in psutil.Process().children(recursive=True):
+                child.kill()
+            _show(folder, todo, bar)
+    return engine.returncode
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Do what the command line says; 0: all well, 1: runs failed, 2: cannot be done, 130: interrupted."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["_execute"]:
-        request = json.loads(arguments[1])
-        _die_with(request["parent"])
-        job = Job(RunConfig.parse(request["config"]), Path(request["folder"]))
-        return execute(job, wait=request["wait"])
-    if arguments[:1] == ["_load"]:
-        _die_with(int(arguments[1]))
-        return _load(arguments[2:])
-    if arguments[:1] == ["_render"]:
-        render(arguments[1], Path(arguments[2]))
+def _show(folder: Path, todo: list[str], bar: Any) -> None:
+    """Say which runs are done since the last call and, on a terminal, in which epoch the running ones are."""
+    for name in [name for name in todo if (folder / f"{name}.json").exists()]:
+        todo.remove(name)
+        bar.update()
+        if bar.disable:
+            print(f"done {name}", flush=True)
+    if not bar.disable:
+        states = [(name, folder / "work" / name / "progress") for name in todo]
+        bar.set_postfix_str("; ".join(f"{name} {state.read_text()}" for name, state in states if state.exists()))
+
+
+def failures(folder: Path, names: list[str]) -> list[str]:
+    """What went wrong in each run that was tried and has no result: the notebook's error or the end of its log."""
+    texts = []
+    for name in names:
+        log, notebook = folder / "log" / f"{name}.log", folder / "notebooks" / f"{name}.ipynb"
+        if (folder / f"{name}.json").exists() or not log.exists():
+            continue
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-3:]
+        if notebook.exists():
+            cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+            errors = [o for c in cells for o in c.get("outputs", []) if o["output_type"] == "error"]
+            lines = [f"{error['ename']}: {error['evalue']}" for error in errors] or lines
+        text = " | ".join(lines) or f"ended without a word: out of memory, or see {log.with_name('snakemake.log')}"
+        texts.append(f"FAILED {name}: {text}\n       see {notebook if notebook.exists() else log}")
+    return texts
+
+
+def run(arguments: argparse.Namespace, options: list[str]) -> int:
+    """Check everything, have the engine do what is missing, and show the table."""
+    changes = _changes(arguments.set) | ({"download": True} if arguments.download else {})
+    try:
+        study = open_study(arguments.study).override(changes)
+    except ConfigError as error:
+        raise StudyError(str(error)) from None
+    folder = arguments.results.resolve() / study.name
+    if arguments.dry_run:
+        show_plan(study, folder)
         return 0
-    options = _parser().parse_args(arguments)
+    try:
+        (folder / "log").mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0).acquire()
+    except OSError as error:
+        raise StudyError(f"cannot write to the results folder {folder}: {error.strerror}") from None
+    except Timeout:
+        raise StudyError(f"another runner is at work on {folder}") from None
+    with lock:
+        print(f"{study.name}: {study.label}", flush=True)
+        prepare(study, folder)
+        names = list(result_files(study, folder))
+        missing = [name for name in names if not (folder / f"{name}.json").exists()]
+        if missing and subprocess.run([sys.executable, "-m", "eatlib.study", "data", str(folder)]).returncode:
+            return 2
+        for name in missing:
+            (folder / "log" / f"{name}.log").unlink(missing_ok=True)
+        status = run_engine(folder, names, options)
+        if problems := failures(folder, names):
+            problems.append(f"{len(problems)} runs failed; the next call runs only these again")
+            print(*problems, sep="\n", file=sys.stderr)
+            subprocess.run([sys.executable, "-m", "eatlib.study", "draw", str(folder)], capture_output=True)
+        elif status:
+            end = (folder / "log" / "snakemake.log").read_text(errors="replace").strip().splitlines()[-1:]
+            print(f"error: the engine stopped: {''.join(end)}\nsee {folder}/log/", file=sys.stderr)
+        if (folder / "table.md").exists():
+            print(f"\n{(folder / 'table.md').read_text(encoding='utf-8')}")
+            print(f"figures, tables and {folder}/tradeoff.html are in {folder}")
+    return min(status, 2) if status >= 0 else 1
+
+
+def main() -> int:
+    """Do what the command line says; 0: all well, 1: runs failed, 2: cannot be done, 130: interrupted."""
+    if sys.argv[1:2] == ["train"]:
+        end_with_parent()
+        return train(Path(sys.argv[2]), sys.argv[3])
+    if sys.argv[1:2] in (["draw"], ["data"]):
+        return {"draw": draw, "data": check_data}[sys.argv[1]](Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # ./run_all.sh --help has the texts
+    parser.add_argument("study", nargs="?", default="quick")
+    parser.add_argument("--set", nargs="+", action="extend", default=[])
+    parser.add_argument("-n", "--dry-run", action="store_true")
+    parser.add_argument("--download", action="store_true")
+    parser.add_argument("--results", type=Path, default=ROOT / "results")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
-        return {"run": _run, "list": _list, "clean": _clean}[options.command](options)
-    except (StudyError, estimate.EstimateError) as error:
+        return run(*parser.parse_known_args())
+    except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -872,6 +385,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from eatlib import study  # under its own name: Dask could not send what is defined in __main__
-
-    sys.exit(study.main())
+    sys.exit(main())

@@ -9,27 +9,44 @@ from eatlib.config import RunConfig
 from eatlib.results import RunResult
 
 
-def made_up_result(accuracy: float = 0.9, ratio: float = 0.7, **config: Any) -> RunResult:
-    """A valid result with the given accuracy and `published` energy ratio on both splits."""
+def _energy(ratio: float, products: float) -> dict[str, Any]:
+    totals = {"batches": 1, "images": 10, "accesses": 1000, "nonzero_accesses": round(1000 * ratio)}
+    totals |= {"operations": 1000, "effective_operations": 1000 * products}
+    return {"ratio": ratio, "joules_per_image": ratio, "dense_joules_per_image": 1.0, "totals": [totals]}
+
+
+def made_up_result(
+    accuracy: float = 0.9,
+    ratio: float = 0.7,
+    *,
+    fused: float | None = None,
+    products: float | None = None,
+    validation: tuple[float, float] | None = None,
+    **config: Any,
+) -> RunResult:
+    """A valid result with the given accuracy and `published` energy ratio (of three decimals), the same at any prices.
+
+    Args:
+        fused: energy ratio in that accounting; None: as `published`.
+        products: the share of the multiplications that zero-skipping leaves; None: that of the accesses.
+        validation: accuracy and energy ratio on the validation images; None: as on the test images.
+    """
     run = RunConfig.parse({"epochs": 1} | config)
-    energy = {
-        name: {"ratio": ratio, "joules_per_image": ratio, "dense_joules_per_image": 1.0}
-        for name in ("published", "fused")
-    }
-    evaluation = {
-        "samples": 10,
-        "accuracy": accuracy,
-        "macro_accuracy": accuracy,
-        "loss": 0.1,
-        "energy": energy,
-        "firing": [
-            {"name": "conv1", "kind": "Conv2d", "firing": 1.0},
-            {"name": "relu", "kind": "ReLU", "firing": ratio / 2},
-        ],
-        "uncounted": {"published": [], "fused": []},
-    }
+
+    def evaluation(accuracy: float, ratio: float) -> dict[str, Any]:
+        ratios = {"published": ratio, "fused": ratio if fused is None else fused}
+        firing = {"conv1": ("Conv2d", 1.0), "relu": ("ReLU", ratio / 2), "avgpool": ("AdaptiveAvgPool2d", ratio)}
+        return {
+            "samples": 10,
+            "accuracy": accuracy,
+            "macro_accuracy": accuracy,
+            "loss": 0.1,
+            "energy": {key: _energy(value, value if products is None else products) for key, value in ratios.items()},
+            "firing": [{"name": name, "kind": kind, "firing": share} for name, (kind, share) in firing.items()],
+            "uncounted": {"published": [], "fused": []},
+        }
+
     epoch = {
-        "epoch": 1,
         "learning_rate": 0.1,
         "lambda": run.lambda_,
         "loss": 0.1,
@@ -42,8 +59,8 @@ def made_up_result(accuracy: float = 0.9, ratio: float = 0.7, **config: Any) -> 
         {
             "config_hash": run.hash,
             "config": run.to_dict(),
-            "validation": evaluation,
-            "test": evaluation,
+            "validation": evaluation(*(validation or (accuracy, ratio))),
+            "test": evaluation(accuracy, ratio),
             "history": [epoch | {"epoch": number} for number in range(1, run.epochs + 1)],
             "data": {
                 "name": run.dataset,
@@ -60,10 +77,10 @@ def made_up_result(accuracy: float = 0.9, ratio: float = 0.7, **config: Any) -> 
             "provenance": {
                 "git_commit": None,
                 "git_clean": None,
+                "code": "0" * 12,
                 "packages": {},
                 "python": "3.11.0",
                 "device": "cpu",
-                "threads": 1,
                 "date": "2026-01-01T00:00:00+00:00",
                 "wall_seconds": 1.0,
                 "parameters": 1000,

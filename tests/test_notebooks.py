@@ -31,3 +31,9 @@ def test_the_training_notebook_has_every_field_and_no_other():
     (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     names = [statement.target.id for statement in ast.parse(cell.source).body]
     assert names == [*RunConfig.model_fields, "result_path", "work_dir"]
+
+
+def test_what_is_selected_and_averaged_stands_in_short_cells():
+    notebook = nbformat.read(ROOT / "notebooks" / "2_tradeoff.ipynb", as_version=4)
+    cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    assert max(len(source.splitlines()) for source in cells) <= 10

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from eatlib.config import Study
+from eatlib.hardware import Hardware
 from eatlib.results import ResultError, RunResult, StudyResults, git_state, write_atomically
 
 
@@ -82,22 +83,42 @@ def test_a_study_reports_what_is_missing_and_what_is_no_result(tmp_path, make_re
     make_result(**{"lambda": 9}).save(tmp_path / "of-another-study.json")
     (tmp_path / "bad.json").write_text("{")
     found = StudyResults.load(tmp_path)
-    assert [result.config.lambda_ for result in found.results] == [1]
-    assert [run.lambda_ for run in found.missing] == [0, 2]
-    assert len(found.problems) == 1
-    assert "bad.json" in found.problems[0]
-    assert found.table()["test_published_ratio"].tolist() == [0.7]
-    assert found.code() == "All runs were made by code outside git."
+    assert {name: result.config.lambda_ for name, result in found.runs.items()} == {"a": 1}
+    assert found.missing == ["digits_resnet18_lambda0_seed0", "digits_resnet18_lambda2_seed0"]
+    (problem,) = found.problems
+    assert "bad.json" in problem
 
 
-def test_results_of_several_commits_are_called_mixed(make_result):
-    results = [make_result(seed=seed) for seed in range(3)]
-    for result, commit in zip(results, ["a" * 40, "a" * 40, "b" * 40], strict=True):
-        object.__setattr__(result.provenance, "git_commit", commit)
-        object.__setattr__(result.provenance, "git_clean", True)
+def study_results(*results):
     study = Study(name="s", label="s", blocks=[{"grid": {"seed": [0]}}])
-    assert StudyResults(study, results[:2], [], []).code() == "All runs were made by commit aaaaaaaaaa."
-    assert "2 by commit aaaaaaaaaa, 1 by commit bbbbbbbbbb" in StudyResults(study, results, [], []).code()
+    return StudyResults(study, {str(number): result for number, result in enumerate(results)}, [], [])
+
+
+def test_a_table_has_a_row_a_run(make_result):
+    table = study_results(
+        make_result(0.9, 0.7, sigma=1e-2), make_result(0.52, 0.2, sigma=1e-2, **{"lambda": 3})
+    ).table()
+    assert table["run"].tolist() == ["0", "1"]
+    assert table["sigma"].tolist() == [1e-4, 1e-2], "standard training is one setting, whatever its penalty fields say"
+    assert table["test_published_ratio"].tolist() == pytest.approx([0.7, 0.2])
+    assert table["test_relu_firing"].tolist() == pytest.approx([0.35, 0.1])
+    assert table["test_collapsed"].tolist() == [False, True], "0.52 is 4 % of the way from chance, 0.5, to 1"
+
+
+def test_any_prices_apply_to_a_results_counts(make_result):
+    found = study_results(make_result(0.9, 0.6, products=0.0))
+    for memory, operation in ((1950.0, 3.7), (10.0, 10.0)):
+        row = found.table(Hardware("mine", memory, operation, "invented")).iloc[0]
+        assert row["test_published_ratio"] == pytest.approx(0.6 * memory / (memory + operation))
+        assert row["test_fused_joules"] == pytest.approx(1e-12 * 600 * memory / 10), "600 accesses of 10 images"
+    assert found.table().equals(found.table("horowitz-45nm-float32"))
+
+
+def test_results_of_several_codes_are_called_mixed(make_result):
+    same, other = make_result(seed=0), make_result(seed=1)
+    assert study_results(same, same).code().startswith("All runs were made by the same code")
+    provenance = other.provenance.model_copy(update={"code": "1" * 12})
+    assert study_results(same, other.model_copy(update={"provenance": provenance})).code().startswith("MIXED")
 
 
 def test_git_state_is_of_this_repository():

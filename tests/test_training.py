@@ -2,22 +2,20 @@
 
 import functools
 import json
-import random
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
 from eatlib import results, training
 from eatlib.config import RunConfig
 from eatlib.data import load_data, training_batches
-from eatlib.energy import EnergyError, energy_report
+from eatlib.energy import energy_report
 from eatlib.models import build_model
 from eatlib.penalties import ActivationPenalty
-from eatlib.training import CHECKPOINT, TrainingError, evaluate, fit, load
+from eatlib.training import TrainingError, evaluate, fit
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +42,6 @@ def configuration(**changes) -> RunConfig:
         "energy_batch_size": 64,
         "lambda": 1.0,
         "device": "cpu",
-        "threads": 1,
     }
     return RunConfig.parse(values | changes)
 
@@ -52,8 +49,7 @@ def configuration(**changes) -> RunConfig:
 def without_timings(result: results.RunResult) -> dict:
     values = json.loads(result.model_dump_json(by_alias=True))
     del values["provenance"]["date"], values["provenance"]["wall_seconds"]
-    for field in ("save_weights", "checkpoint_every"):
-        del values["config"][field]
+    del values["config"]["save_weights"]
     for epoch in values["history"]:
         del epoch["seconds"]
     return values
@@ -62,18 +58,6 @@ def without_timings(result: results.RunResult) -> dict:
 def weights_of(path) -> dict[str, torch.Tensor]:
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
-class StopHereError(Exception):
-    pass
-
-
-def interrupt_after(epoch: int):
-    def on_epoch(record: results.Epoch) -> None:
-        if record.epoch == epoch:
-            raise StopHereError
-
-    return on_epoch
 
 
 def assert_same_weights(first, second) -> None:
@@ -122,7 +106,7 @@ def plain_loop(config: RunConfig, data) -> nn.Module:
 def test_lambda_0_is_standard_training_bit_for_bit(tmp_path):
     config = configuration(**{"lambda": 0.0, "sigma": 1e-2, "save_weights": True})
     data = load_data(config)
-    result = fit(config, data=data, weights=tmp_path / "w.safetensors")
+    result = fit(config, data=data, weights_path=tmp_path / "w.safetensors")
     assert all(epoch.penalty == 0 and epoch.lambda_ == 0 for epoch in result.history)
     expected = plain_loop(config, data).state_dict()
     found = weights_of(tmp_path / "w.safetensors")
@@ -135,7 +119,7 @@ def test_eat_is_the_papers_objective(tmp_path):
     changes = {"sigma": 1e-2, "epochs": 1, "learning_rate": 1e-3, "train_samples": 150, "save_weights": True}
     config = configuration(**changes)
     data = load_data(config)
-    fit(config, data=data, weights=tmp_path / "w.safetensors")
+    fit(config, data=data, weights_path=tmp_path / "w.safetensors")
     found = weights_of(tmp_path / "w.safetensors")
     expected = plain_loop(config, data).state_dict()
     standard = plain_loop(config.model_copy(update={"lambda_": 0.0}), data).state_dict()
@@ -194,22 +178,22 @@ def test_energy_normalization_estimates_the_energy_ratio():
     """With a tiny sigma the penalty is what the non-zero activations cost, weights and the input aside."""
     config = configuration(penalty_normalization="energy", sigma=1e-20)
     data = load_data(config)
-    run = training._Run(config, data, torch.device("cpu"))
+    model = training._fresh_state(config, data, torch.device("cpu")).model
     images = data.train.images[:64]
-    with training._attach_penalty(config, run.model, data.train) as penalty:
-        run.model(images)
+    with training._attach_penalty(config, model, data.train) as penalty:
+        model(images)
         term = penalty().item()
-        run.model(images[:16])
+        model(images[:16])
         smaller = penalty().item()
     assert 0 < term < 1
     assert smaller == pytest.approx(term, rel=0.2)  # a share: it does not grow with the batch
     # Silencing the ReLUs lowers the measured ratio by what the penalty said they cost.
-    run.model.eval()
-    before = energy_report(run.model, [images], accounting="fused")
-    for module in run.model.modules():
+    model.eval()
+    before = energy_report(model, [images], accounting="fused")
+    for module in model.modules():
         if isinstance(module, nn.ReLU):
             module.register_forward_hook(lambda module, inputs, output: output.mul_(0))
-    after = energy_report(run.model, [images], accounting="fused")
+    after = energy_report(model, [images], accounting="fused")
     assert before.ratio - after.ratio == pytest.approx(term, rel=0.25)
 
 
@@ -229,9 +213,9 @@ def test_compiled_training_is_the_same_up_to_rounding(monkeypatch):
 def test_same_configuration_same_bits(tmp_path, model):
     config = configuration(epochs=2, model=model, save_weights=True)
     torch.manual_seed(7)
-    first = fit(config, weights=tmp_path / "1.safetensors")
+    first = fit(config, weights_path=tmp_path / "1.safetensors")
     torch.rand(5)  # whatever the caller drew
-    second = fit(config, weights=tmp_path / "2.safetensors")
+    second = fit(config, weights_path=tmp_path / "2.safetensors")
     assert without_timings(first) == without_timings(second)
     assert_same_weights(tmp_path / "1.safetensors", tmp_path / "2.safetensors")
     other = fit(configuration(epochs=2, model=model, seed=1))
@@ -248,88 +232,6 @@ def test_the_callers_random_state_and_threads_stay_as_they_were():
     assert torch.get_num_threads() == threads
 
 
-@pytest.mark.parametrize("every", [1, 2])
-def test_interrupted_and_resumed_is_uninterrupted(tmp_path, every):
-    epochs = 4
-    stop = random.randint(every, epochs)
-    config = configuration(epochs=epochs, checkpoint_every=every, save_weights=True, warmup_epochs=1)
-    whole = fit(config, weights=tmp_path / "whole.safetensors")
-    folder = tmp_path / "checkpoint"
-    with pytest.raises(StopHereError):
-        fit(config, checkpoint=folder, weights=tmp_path / "no.safetensors", on_epoch=interrupt_after(stop))
-    assert not (tmp_path / "no.safetensors").exists()
-    assert [path.name for path in folder.iterdir()] == [CHECKPOINT]
-    torch.rand(3)
-    seen = []
-    resumed = fit(config, checkpoint=folder, weights=tmp_path / "resumed.safetensors", on_epoch=seen.append)
-    assert [epoch.epoch for epoch in seen] == list(range(stop - stop % every + 1 if stop < epochs else 5, epochs + 1))
-    assert without_timings(resumed) == without_timings(whole), f"interrupted after epoch {stop}"
-    assert_same_weights(tmp_path / "whole.safetensors", tmp_path / "resumed.safetensors")
-    assert resumed.provenance.wall_seconds >= sum(epoch.seconds for epoch in resumed.history)
-
-
-def test_interrupted_with_dropout(tmp_path):
-    """Dropout draws from PyTorch's own generator, whose state has to survive too."""
-    changes = {"model": "squeezenet1_1", "width": 1.0, "image_size": 32, "train_samples": 64, "test_samples": 20}
-    config = configuration(**changes, epochs=2, learning_rate=0.01)
-    whole = fit(config)
-    with pytest.raises(StopHereError):
-        fit(config, checkpoint=tmp_path, on_epoch=interrupt_after(1))
-    assert without_timings(fit(config, checkpoint=tmp_path)) == without_timings(whole)
-
-
-def test_checkpoint_of_another_run_is_refused(tmp_path):
-    config = configuration(epochs=1)
-    fit(config, checkpoint=tmp_path)
-    with pytest.raises(TrainingError, match=f"another run.*{config.hash}.*remove it"):
-        fit(configuration(epochs=2), checkpoint=tmp_path)
-    fit(configuration(epochs=1, threads=2, checkpoint_every=5), checkpoint=tmp_path)  # the same run
-    content = (tmp_path / CHECKPOINT).read_bytes()
-    for damaged in (content[: len(content) // 2], b"", content[:100] + b"\0" * 100 + content[200:]):
-        (tmp_path / CHECKPOINT).write_bytes(damaged)
-        with pytest.raises(TrainingError, match="is damaged, or not a file of eatlib"):
-            fit(config, checkpoint=tmp_path)
-    (tmp_path / CHECKPOINT).write_bytes(content)
-    with safe_open(tmp_path / CHECKPOINT, "pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(tmp_path / CHECKPOINT)
-    for name in ("model.mean", "random.order"):
-        fewer = {key: tensor for key, tensor in tensors.items() if key != name}
-        save_file(fewer, tmp_path / CHECKPOINT, metadata)
-        with pytest.raises(TrainingError, match="is not a whole checkpoint"):
-            fit(config, checkpoint=tmp_path)
-
-
-def test_no_checkpoints_on_request(tmp_path):
-    fit(configuration(epochs=1, checkpoint_every=0), checkpoint=tmp_path / "c")
-    assert not (tmp_path / "c").exists()
-
-
-def test_weights_are_kept_and_loaded(tmp_path):
-    config = configuration(epochs=1, save_weights=True)
-    data = load_data(config)
-    result = fit(config, data=data, weights=tmp_path / "run_0.5.safetensors")
-    result.save(tmp_path / "run_0.5.json")
-    for name in ("run_0.5.json", "run_0.5.safetensors"):
-        model, loaded = load(tmp_path / name)
-        assert loaded == config
-        assert not model.training
-        again = evaluate(model, data.test, batch_size=64)
-        assert again.accuracy == result.test.accuracy
-        assert again.loss == pytest.approx(result.test.loss, rel=1e-4)
-    with pytest.raises(FileNotFoundError, match="save_weights"):
-        load(tmp_path / "other.json")
-    fit(config, data=data, weights=tmp_path / "again.safetensors", checkpoint=tmp_path)
-    with pytest.raises(TrainingError, match="no trained weights of eatlib: it has no classes, mean"):
-        load(tmp_path / CHECKPOINT)
-    for metadata in ({}, {"facts": "?"}):
-        save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors", metadata)
-        with pytest.raises(TrainingError, match="not a file of eatlib"):
-            load(tmp_path / "foreign.safetensors")
-    with pytest.raises(ValueError, match="weights=PATH"):
-        fit(config)
-
-
 # --- what goes wrong ------------------------------------------------------------------------------------------------
 
 
@@ -341,7 +243,7 @@ def test_divergence_stops_the_run(tmp_path, changes):
         TrainingError,
         match=rf"(nan|inf) in epoch 1 of 3, with lambda = {config.lambda_:g}, sigma = 0.0001".replace("+", r"\+"),
     ):
-        fit(config, checkpoint=tmp_path / "c", weights=tmp_path / "w.safetensors", on_epoch=seen.append)
+        fit(config, checkpoint=tmp_path / "c", weights_path=tmp_path / "w.safetensors", on_epoch=seen.append)
     assert not seen
     assert not list(tmp_path.rglob("*"))
 
@@ -349,7 +251,6 @@ def test_divergence_stops_the_run(tmp_path, changes):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"hardware": "abacus"}, EnergyError, "hardware = 'abacus'"),
         ({"device": "cuda:99"}, ValueError, "device = 'cuda:99'"),
         ({"penalty_layers": ["relu99"]}, ValueError, "'relu99' fits none of"),
     ],

@@ -1,0 +1,71 @@
+# A study -> its runs -> its table and figures. `./run_all.sh STUDY` checks the study and its data and calls this; so does
+# `snakemake --config study=quick`, without the checks. profiles/default/config.yaml says how it is executed.
+import os
+import sys
+from pathlib import Path
+
+from eatlib import study as studies
+
+if "folder" in config:  # written by run_all.sh: a study file beside its results
+    folder = config["folder"]
+    study = studies.Study.load(Path(folder, "study.yaml"))
+else:
+    study = studies.open_study(config.get("study", "quick"))
+    folder = f"results/{study.name}"
+runs = studies.result_files(study, Path(folder))
+
+if os.environ.get(studies.RUNNER) == str(os.getppid()):
+    studies.end_with_parent()
+
+
+localrules: all, figures, study_file
+
+
+rule all:
+    input:
+        [f"{folder}/{name}.json" for name in runs],  # Snakemake does not make again what only a finished step needed
+        f"{folder}/tradeoff.html",
+
+
+rule figures:
+    """The trade-off notebook, executed on all results of the study, and what it writes beside them."""
+    input:
+        notebook="notebooks/2_tradeoff.ipynb",
+        study=f"{folder}/study.yaml",
+        results=[f"{folder}/{name}.json" for name in runs],
+    output:
+        notebook=f"{folder}/tradeoff.ipynb",
+        page=f"{folder}/tradeoff.html",
+        table=f"{folder}/table.csv",
+    params:
+        python=sys.executable,
+    log:
+        f"{folder}/log/figures.log",
+    shell:
+        "exec {params.python:q} -m eatlib.study draw {folder:q} > {log:q} 2>&1"
+
+
+rule train:
+    """One run: papermill executes 1_train.ipynb, whose JSON comes last and whole. Its checkpoint survives a failure."""
+    input:
+        notebook=ancient("notebooks/1_train.ipynb"),  # a changed comment trains nothing again; `-R train` does
+        study=ancient(f"{folder}/study.yaml"),
+    output:
+        f"{folder}/{{run}}.json",
+    params:
+        python=sys.executable,
+    log:
+        f"{folder}/log/{{run}}.log",
+    threads: lambda wildcards: runs[wildcards.run].threads
+    resources:
+        mem_mb=2000,
+        gpu=lambda wildcards: int(runs[wildcards.run].device != "cpu" and bool(studies.local_gpus())),
+    shell:
+        "exec {params.python:q} -m eatlib.study train {folder:q} {wildcards.run:q} > {log:q} 2>&1"
+
+
+rule study_file:
+    output:
+        f"{folder}/study.yaml",
+    run:
+        Path(output[0]).write_text(study.to_yaml())

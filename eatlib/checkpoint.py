@@ -1,0 +1,116 @@
+"""What survives a process: the checkpoint of a run that is not done, and the weights of one that is."""
+
+import io
+import json
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from eatlib.config import RunConfig
+from eatlib.models import ImageClassifier, build_model
+from eatlib.results import Epoch, code_digest, write_atomically
+
+
+class CheckpointError(RuntimeError):
+    """A file that holds no weights of eatlib; the message names it."""
+
+
+@dataclass
+class TrainingState:
+    """All that changes while a configuration is trained.
+
+    Attributes:
+        generator: draws the order and the augmentation of the images; PyTorch's own draws weights and dropout.
+        seconds: of work so far, all attempts added.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator
+    device: torch.device
+    history: list[Epoch] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def save(self, path: Path, config: RunConfig, data_digest: str) -> None:
+        """Write everything to `path`, whole or not at all."""
+        content = io.BytesIO()
+        state = {
+            "made of": _made_of(config, data_digest),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "order": self.generator.get_state(),
+            "random": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "history": [epoch.model_dump(by_alias=True) for epoch in self.history],
+            "seconds": self.seconds,
+        }
+        torch.save(state, content)
+        write_atomically(path, content.getvalue())
+
+    def resume(self, path: Path, config: RunConfig, data_digest: str) -> None:
+        """Take on what `path` holds, if it is there; a file that is not this run's and this code's is set aside."""
+        if not path.exists():
+            return
+        try:
+            state = torch.load(path, map_location=self.device)  # tensors and plain values alone: no code is run
+            for key, value in _made_of(config, data_digest).items():
+                if state["made of"][key] != value:
+                    raise CheckpointError(f"its {key} is {state['made of'][key]}, not {value}")
+        except Exception as error:  # a damaged file can raise anything
+            aside = path.with_suffix(".set-aside")
+            path.replace(aside)
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            warnings.warn(f"checkpoint moved to {aside}, training anew: {reason}", stacklevel=3)
+            return
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["order"].cpu())
+        torch.set_rng_state(state["random"].cpu())
+        if state["cuda"] is not None:
+            torch.cuda.set_rng_state(state["cuda"].cpu(), self.device)
+        self.history = [Epoch.model_validate(epoch) for epoch in state["history"]]
+        self.seconds = state["seconds"]
+
+
+def _made_of(config: RunConfig, data_digest: str) -> dict[str, str]:
+    """What must be the same, for a run to go on from a checkpoint to the same bits."""
+    made_of = {"configuration": config.hash, "data digest": data_digest}
+    return made_of | {"code": code_digest(), "PyTorch": str(torch.__version__)}
+
+
+def save_weights(model: ImageClassifier, config: RunConfig, classes: list[str], path: Path) -> None:
+    """Write trained weights, with what it takes to build their network, as a safetensors file."""
+    facts = {"config": json.dumps(config.to_dict()), "classes": json.dumps(classes)}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(path, safetensors.torch.save(tensors, facts))
+
+
+def load(path: str | Path) -> tuple[ImageClassifier, RunConfig]:
+    """A trained network, in evaluation mode on the CPU, and its configuration.
+
+    Args:
+        path: of a result (JSON) with its weights beside it, or of the weights themselves (safetensors).
+
+    Raises:
+        FileNotFoundError: the run did not keep its weights (`save_weights: true`).
+        CheckpointError: the file is damaged, or holds something else.
+    """
+    path = Path(path).with_suffix(".safetensors")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such weights; a run keeps them with save_weights: true")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            facts = {name: json.loads(text) for name, text in file.metadata().items()}
+            values, classes = facts["config"], len(facts["classes"])
+    except (safetensors.SafetensorError, AttributeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} holds no trained weights of eatlib ({error})") from None
+    config = RunConfig.parse(values, where=str(path))
+    model = build_model(config.model, classes=classes, image_size=config.image_size, width=config.width)
+    model.load_state_dict(tensors)
+    return model.eval(), config

@@ -1,0 +1,112 @@
+"""`published`: the arithmetic of the simulator behind the paper's ratios, to the letter.
+
+It is that of Sponge Examples (EuroS&P 2021, arXiv 2006.03463). Each call of a leaf module is charged with reading its
+inputs, parameters and buffers, with writing its outputs, and with operations of its kind; a convolution's output is thus
+written, read and written again by batch norm and ReLU. Functional calls are not seen. Its quirks are kept:
+
+- A ReLU's input counts as what it is *after* the call, as the simulator sees it with in-place ReLUs, the paper's own;
+  a ReLU that is not in place is counted alike.
+- A grouped convolution is charged as a dense one, and batch norm's running statistics are read twice.
+- Zero-skipping leaves one share of every layer's operations: the network's share of non-zero parameters times its
+  share of non-zero inputs.
+- The ratio is the mean over the batches (`eatlib.hardware.energy_ratio`).
+"""
+
+import math
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eatlib.energy.count import Counter, Row, count_nonzero, finish, sum_rows, tensors
+from eatlib.energy.trace import evaluating, trace
+from eatlib.hardware import Hardware, Totals, energy_ratio, find_hardware
+
+_NO_OPERATIONS = (nn.ReLU, nn.ReLU6, nn.Dropout, nn.Dropout2d, nn.Flatten, nn.LayerNorm, nn.Identity)
+
+
+class PublishedPass:
+    """One forward pass: a row for each call, and the names of what ran but is not in these numbers."""
+
+    def __init__(self, counter: Counter) -> None:
+        self.rows: list[Row] = []
+        self.uncounted: dict[str, None] = {}
+        self._counter = counter
+
+    def layer(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        row, count = Row(name, type(module).__name__), self._counter
+        for x in tensors(output):
+            row.charge("outputs", x, count(x))
+        activation = hasattr(module, "inplace") and type(module).__module__ == "torch.nn.modules.activation"
+        for x in tensors(output if activation else inputs):
+            row.charge("inputs", x, count(x))
+        for x in _parameters(module):
+            # In training, batch norm's operator changes its statistics without saying so: they are counted anew.
+            row.charge("parameters", x, count(x) if isinstance(x, nn.Parameter) else count_nonzero(x))
+        operations = _operations(module, row)
+        if operations is None:
+            self.uncounted[f"{name}: operations of {row.kind}"] = None
+        row.operations = operations or 0
+        self.rows.append(row)
+
+    def skip_operations(self) -> None:
+        """Fill in the effective operations; the rows must be finished."""
+        whole = sum_rows(self.rows)
+        share = Fraction(whole.nonzero_inputs, whole.inputs or 1)
+        if whole.parameters:
+            share *= Fraction(whole.nonzero_parameters, whole.parameters)
+        for row in self.rows:
+            row.effective_operations = float(row.operations * share)
+
+
+def _parameters(module: nn.Module) -> list[Tensor]:
+    named = {name: x for name, x in (module._parameters | module._buffers).items() if x is not None}
+    # torch.nn.utils.prune keeps the dense weight and a mask; the layer computes with their product.
+    pruned = {name.removesuffix("_orig") for name in named if name.endswith("_orig")}
+    found = [x for name, x in named.items() if name.removesuffix("_orig").removesuffix("_mask") not in pruned]
+    found += [getattr(module, name) for name in sorted(pruned)]
+    if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+        found += [module.running_mean, module.running_var]
+    return found
+
+
+def _operations(module: nn.Module, row: Row) -> int | None:
+    """None for modules that the simulator does not know."""
+    match module:
+        case nn.Conv2d():
+            return row.outputs * math.prod(module.kernel_size) * module.in_channels
+        case nn.Linear():
+            return module.weight.numel() * (row.inputs // module.in_features)
+        case nn.BatchNorm2d():
+            return 4 * row.inputs
+        case nn.MaxPool2d() | nn.AvgPool2d():
+            window = module.kernel_size
+            return row.outputs * (window**2 if isinstance(window, int) else math.prod(window))
+        case nn.AdaptiveAvgPool2d():
+            return row.inputs
+    return 0 if isinstance(module, _NO_OPERATIONS) else None
+
+
+def silent_ratio(network: nn.Module, image_size: int, batch_size: int, hardware: str | Hardware) -> float:
+    """The energy ratio of one of the paper's networks if no ReLU ever fired: the floor of this accounting.
+
+    Convolution and batch-norm outputs are taken as dense. A network that lost whole layers can be below.
+    """
+    seen = PublishedPass(Counter())
+    with evaluating(network), trace(network, on_layer=seen.layer), torch.no_grad():
+        network(torch.zeros(1, 3, image_size, image_size, device=next(network.parameters()).device))
+    finish(seen.rows)
+    whole, first = sum_rows(seen.rows), next(row for row in seen.rows if row.kind == "Conv2d")
+    read = sum(row.inputs for row in seen.rows if row.kind == "BatchNorm2d" or row is first)
+    written = sum(row.outputs for row in seen.rows if row.kind in ("Conv2d", "BatchNorm2d", "Linear"))
+    share = read / whole.inputs * whole.nonzero_parameters / whole.parameters
+    batch = Totals(
+        batches=1,
+        images=batch_size,
+        accesses=batch_size * (whole.inputs + whole.outputs) + whole.parameters,
+        nonzero_accesses=batch_size * (read + written) + whole.nonzero_parameters,
+        operations=batch_size * whole.operations,
+        effective_operations=batch_size * whole.operations * share,
+    )
+    return energy_ratio([batch], "published", find_hardware(hardware))

@@ -1,0 +1,79 @@
+"""What keeps the house small and its pages true: sizes, the order of imports, and what README and docs say."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from eatlib.config import Study
+from eatlib.results import ROOT
+from eatlib.tables import fill_in
+
+ORDER = ["hardware", "config", "results", "data", "models", "penalties", "energy"]
+ORDER += ["checkpoint", "training", "tables", "figures", "study"]
+"""The modules of eatlib in reading order."""
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def test_sizes():
+    code = {path: lines(path) for path in (ROOT / "eatlib").rglob("*.py")}
+    assert sum(code.values()) <= 3000
+    everything = [path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    assert max(*code.values(), *map(lines, everything)) <= 400
+    for name, limit in (("Snakefile", 100), ("run_all.sh", 80), ("README.md", 130)):
+        assert lines(ROOT / name) <= limit, name
+
+
+def test_imports_point_up_the_reading_order():
+    for path in (ROOT / "eatlib").rglob("*.py"):
+        name = path.relative_to(ROOT / "eatlib").parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("eatlib"):
+                modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                imported = {part.split(".")[1] for part in modules if "." in part} & {*ORDER}
+                assert all(ORDER.index(other) <= ORDER.index(name) for other in imported), (path, imported)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_are_those_of_the_results_and_links_lead_somewhere(page):
+    """If not: python -m eatlib.tables README.md docs/*.md"""
+    text = page.read_text(encoding="utf-8")
+    assert fill_in(page) == text
+    for row in re.findall(r"^\|.*\|$", text, re.MULTILINE):
+        assert row.replace(r"\|", "").count("|") <= 7, f"at most 6 columns: {row}"
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (page.parent / link).exists(), link
+
+
+def test_the_readme_says_how_many_runs_a_study_has():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    said = dict(re.findall(r"^\| `([\w-]+)` \|.*\b(\d+) runs", text, re.MULTILINE))
+    assert {"quick", "paper", "ablation"} <= said.keys()
+    for name, runs in said.items():
+        assert len(Study.load(ROOT / "studies" / f"{name}.yaml").runs()) == int(runs), name
+
+
+def snippets() -> list:
+    return [
+        pytest.param(code, id=f"{page.name}-{index}")
+        for page in PAGES
+        for index, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+    ]
+
+
+@pytest.mark.parametrize("code", snippets())
+def test_snippets_run(code, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 10))
+    images, labels = torch.rand(6, 3, 8, 8), torch.arange(6)
+    known = {"model": model, "images": images, "labels": labels, "test_batches": [(images, labels)], "F": F}
+    exec(code, known)
+    assert not model[2]._forward_hooks

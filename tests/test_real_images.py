@@ -1,0 +1,63 @@
+"""The published data sets, where they are: $EATLIB_DATA, else unpacked from ../shared/data."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from eatlib.config import RunConfig
+from eatlib.data import Data, load_data, splits
+from eatlib.data.sources import SOURCES
+from eatlib.results import ROOT
+
+GTSRB_TEST_COUNTS = [
+    *(60, 720, 750, 450, 660, 630, 150, 450, 450, 480, 660, 420, 690, 720, 270, 210, 150, 360, 390, 60, 90),
+    *(90, 120, 150, 90, 480, 180, 60, 150, 90, 150, 270, 60, 210, 120, 390, 120, 60, 690, 90, 90, 60, 90),
+]
+
+
+@pytest.fixture(scope="session")
+def real_images(request: pytest.FixtureRequest) -> Path:
+    """$EATLIB_DATA, else ../shared/data unpacked where pytest keeps what lasts from run to run."""
+    if "EATLIB_DATA" in os.environ:
+        return Path(os.environ["EATLIB_DATA"])
+    packed = ROOT.parent / "shared/data/unpack.py"
+    if not packed.exists():
+        pytest.skip("no real images: EATLIB_DATA is not set and ../shared/data is not there")
+    folder = request.config.cache.mkdir("images")
+    subprocess.run([sys.executable, packed, folder], check=True)
+    return folder
+
+
+def load_real(folder: Path, name: str) -> Data:
+    if not all((folder / path).exists() for path in SOURCES[name].paths):
+        pytest.skip(f"no real images of {name} in {folder}")
+    return load_data(RunConfig(dataset=name, data_dir=folder, allow_partial=True))
+
+
+def test_the_real_cifar10_is_complete(real_images):
+    data = load_real(real_images, "cifar10")
+    assert data.info.complete
+    assert data.class_counts() == {"train": [4500] * 10, "validation": [500] * 10, "test": [1000] * 10}
+    assert data.classes[:3] == ["airplane", "automobile", "bird"]
+    # PAPER's constants are those of the training images.
+    mean, std = splits._moments(torch.cat([data.train.images, data.validation.images]))
+    assert (*mean, *std) == pytest.approx((*data.mean, *data.std), abs=6e-4)
+
+
+def test_the_real_gtsrb_has_its_test_counts(real_images):
+    data = load_real(real_images, "gtsrb")
+    assert data.class_counts()["test"] == GTSRB_TEST_COUNTS
+    assert data.info.complete == (data.info.source_train == 39_209)
+    assert min(data.class_counts()["train"] + data.class_counts()["validation"]) > 0
+
+
+def test_the_real_celeba_has_the_published_shares_of_its_attributes(real_images):
+    data = load_real(real_images, "celeba")
+    labels = torch.cat([data.train.labels, data.validation.labels])
+    shares = [(labels >> bit & 1).double().mean().item() for bit in (2, 1, 0)]
+    assert shares == pytest.approx([0.387, 0.482, 0.483], abs=0.02)
+    assert data.info.complete == (len(labels) == 162_770)

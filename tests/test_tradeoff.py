@@ -1,0 +1,319 @@
+"""What `2_tradeoff.ipynb` selects, computes and writes, executed as it stands on made-up results."""
+
+import re
+import shutil
+
+import IPython.display
+import matplotlib as mpl
+import nbformat
+import pandas as pd
+import pytest
+from PIL import Image
+
+from eatlib import figures, tables
+from eatlib.config import Study
+from eatlib.results import ROOT, StudyResults
+
+mpl.use("agg")
+REFERENCE = ROOT / "results" / "reference"
+CELLS = [
+    cell
+    for cell in nbformat.read(ROOT / "notebooks" / "2_tradeoff.ipynb", as_version=4).cells
+    if cell.cell_type == "code" and "parameters" not in cell.metadata.get("tags", [])
+]
+RUNS = {  # lambda: (accuracy, energy ratio) of each seed
+    0: [(0.90, 0.80), (0.92, 0.78)],
+    1: [(0.91, 0.70), (0.91, 0.72)],
+    2: [(0.90, 0.60), (0.87, 0.62)],  # 0.885 on average: within 3 points of 0.91
+    5: [(0.80, 0.50), (0.90, 0.50)],  # 0.85: not
+}
+
+
+@pytest.fixture
+def tradeoff(tmp_path, make_result, monkeypatch):
+    """Execute the notebook on `runs`, as `RUNS` or more fields by lambda; its variables, `said` among them."""
+
+    def execute(runs=RUNS, *, margin=0.03, draw=False, hardware=None, extra=(), **fixed):
+        fixed = {"epochs": 1, "width": 0.0625} | fixed
+        made = [
+            values | {"lambda": value, "seed": seed}
+            for value, seeds in runs.items()
+            for seed, given in enumerate(seeds)
+            for values in [given if isinstance(given, dict) else dict(zip(("accuracy", "ratio"), given, strict=True))]
+        ]
+        results = [make_result(**(fixed | values)) for values in [*made, *extra]]
+        blocks = [{"fixed": result.config.to_dict()} for result in results] or [{"fixed": fixed}]
+        study = Study(name="s", label="a $ label", margin=margin, blocks=blocks)
+        folder = tmp_path / "s"
+        folder.mkdir(exist_ok=True)
+        (folder / "study.yaml").write_text(study.to_yaml())
+        names = {run.hash: name for name, run in study.runs().items()}
+        for result in results:
+            result.save(folder / f"{names[result.config_hash]}.json")
+        return execute_in(folder, draw=draw, hardware=hardware)
+
+    def execute_in(folder, *, draw=False, hardware=None):
+        said = []
+        monkeypatch.setattr(IPython.display, "display", lambda shown: said.append(getattr(shown, "data", "")))
+        variables = {"study": folder.name, "results": str(folder.parent), "hardware": hardware}
+        for cell in CELLS:
+            if draw or "nbval-ignore-output" not in cell.metadata.get("tags", []):
+                exec(cell.source, variables)
+        return variables | {"said": "\n".join(text for text in said if isinstance(text, str))}
+
+    execute.on = execute_in
+    return execute
+
+
+def row_of(notebook, accounting="published"):
+    """The only data set and network's row of the table."""
+    (row,) = notebook["comparison"].query("accounting == @accounting").to_dict("records")
+    return row
+
+
+@pytest.mark.parametrize(("margin", "chosen"), [(0.03, 2), (0.02, 1), (0.10, 5)])
+def test_the_lowest_energy_within_the_margin_is_selected(tradeoff, margin, chosen):
+    assert row_of(tradeoff(margin=margin))["lambda"] == chosen
+
+
+def test_a_setting_with_fewer_seeds_than_others_is_not_selected(tradeoff):
+    lucky = {"accuracy": 0.9, "ratio": 0.1, "lambda": 2, "sigma": 1e-2, "seed": 0}
+    assert row_of(tradeoff(extra=[lucky]))["sigma"] == 1e-4
+    one_seed = {value: seeds[:1] for value, seeds in RUNS.items()}
+    assert row_of(tradeoff(one_seed))["lambda"] == 2
+
+
+def test_selection_looks_at_validation_and_the_table_at_test(tradeoff):
+    runs = {
+        value: [{"accuracy": 0.4, "ratio": 0.1 + value / 10, "validation": pair} for pair in RUNS[value]]
+        for value in RUNS
+    }
+    row = row_of(tradeoff(runs))
+    assert (row["lambda"], row["eat_accuracy"]) == (2, pytest.approx(0.4))
+    assert row["eat_ratio"] == pytest.approx(0.3)
+
+
+def test_a_setting_of_which_a_run_collapsed_is_not_selected(tradeoff):
+    collapsed = {"accuracy": 0.9, "ratio": 0.6, "validation": (0.5, 0.6)}
+    assert row_of(tradeoff(RUNS | {2: [(0.95, 0.60), collapsed]}, margin=0.3))["lambda"] == 5
+    notebook = tradeoff(RUNS | {0: [RUNS[0][0], collapsed]}, margin=0.3)
+    assert pd.isna(row_of(notebook)["energy_decrease_percent"])
+    assert "standard training did not learn" in notebook["said"]
+
+
+def test_means_spread_and_decrease_by_hand(tradeoff):
+    notebook = tradeoff()
+    row = row_of(notebook)
+    assert (row["st_accuracy"], row["st_accuracy_std"]) == pytest.approx((0.91, 0.02 / 2**0.5))
+    assert (row["st_ratio"], row["eat_ratio"]) == pytest.approx((0.79, 0.61))
+    assert (row["st_seeds"], row["eat_seeds"]) == (2, 2)
+    assert row["energy_decrease_percent"] == pytest.approx(100 * 0.18 / 0.79)
+    by_seed = [1 - 0.60 / 0.80, 1 - 0.62 / 0.78]
+    assert row["energy_decrease_percent_std"] == pytest.approx(100 * (by_seed[0] - by_seed[1]) / 2**0.5)
+    assert (
+        "**published**: the energy decrease is 22.8%, more than twice its spread over seeds in 1 of 1 cases."
+        in (notebook["said"])
+    )
+
+
+def test_the_spread_is_over_the_seeds_that_both_trainings_have(tradeoff):
+    row = row_of(tradeoff(RUNS | {0: [*RUNS[0], (0.91, 0.70)]}))
+    by_seed = [1 - 0.60 / 0.80, 1 - 0.62 / 0.78]
+    assert (row["st_seeds"], row["eat_seeds"]) == (3, 2)
+    assert row["energy_decrease_percent_std"] == pytest.approx(100 * (by_seed[0] - by_seed[1]) / 2**0.5)
+
+
+def test_published_selects_for_both_accountings(tradeoff):
+    runs = {0: [{"ratio": 0.8, "fused": 0.6}], 1: [{"ratio": 0.7, "fused": 0.1}], 2: [{"ratio": 0.6, "fused": 0.3}]}
+    notebook = tradeoff(runs)
+    assert row_of(notebook, "fused")["lambda"] == 2
+    assert row_of(notebook, "fused")["energy_decrease_percent"] == pytest.approx(50)
+
+
+def test_other_prices_apply_to_the_counts_and_go_to_a_folder_of_their_own(tradeoff, tmp_path):
+    runs = {0: [{"ratio": 0.8, "products": 1.0}], 1: [{"ratio": 0.6, "products": 0.0}]}
+    name = "horowitz-45nm-int8-sram"  # 12.5 pJ an access, 0.2 pJ a multiplication, as many of the one as of the other
+    standard, aware = (12.5 * 0.8 + 0.2) / 12.7, 12.5 * 0.6 / 12.7
+    priced = tradeoff(runs)["priced"].query("accounting == 'published'").set_index("prices")
+    assert priced.loc[name, "energy_decrease_percent"] == pytest.approx(100 * (1 - aware / standard))
+    row = row_of(tradeoff(runs, hardware=name))
+    assert (row["st_ratio"], row["eat_ratio"]) == pytest.approx((standard, aware))
+    assert name in (tmp_path / "s" / name / "table.md").read_text()
+
+
+def test_tables_name_their_runs_and_are_narrow(tradeoff, tmp_path):
+    tradeoff(dataset="cifar10")
+    folder = tmp_path / "s"
+    for name in ("table", "table1", "settings", "hardware"):
+        text = (folder / f"{name}.md").read_text()
+        assert all(line.count("|") <= 7 for line in text.splitlines()), "more than six columns"
+        assert f"]({name}.csv)" in text
+        rows = pd.read_csv(folder / f"{name}.csv", comment="#")
+        for row in rows.to_dict("records"):
+            assert all((folder / f"{run}.json").is_file() for run in row["runs"].split(" "))
+    (row, _) = pd.read_csv(folder / "table.csv", comment="#").to_dict("records")
+    seeds = [f"cifar10_resnet18_lambda{value}_seed{seed}" for value in (0, 2) for seed in (0, 1)]
+    assert row["runs"].split(" ") == seeds
+    assert row["energy_decrease_percent"] == pytest.approx(22.7848)
+
+
+def test_our_numbers_stand_beside_the_papers(tradeoff):
+    text = tradeoff(dataset="cifar10")["text_beside"].to_dict("records")
+    assert text == [
+        {
+            "data set, network": "CIFAR-10, ResNet-18",
+            "accuracy ST": "0.910 ± 0.014 (0.92)",
+            "accuracy EAT": "0.885 ± 0.021 (0.90)",
+            "energy ratio ST": "0.790 ± 0.014 (0.73)",
+            "energy ratio EAT": "0.610 ± 0.014 (0.61)",
+            "energy decrease": "22.8% ± 3.2% (16.4%)",
+        }
+    ]
+    assert "Nothing in this study stands in the paper's table." in tradeoff(dataset="digits")["said"]
+
+
+def test_the_papers_decreases_follow_from_its_ratios():
+    for paper in tables.PAPER.values():
+        assert 100 * (1 - paper.eat_ratio / paper.st_ratio) == pytest.approx(paper.energy_decrease_percent, abs=0.02)
+
+
+def test_all_settings_are_listed_and_collapsed_runs_counted(tradeoff, tmp_path):
+    listed = tradeoff(RUNS | {10: [(0.5, 0.4), (0.9, 0.4)]})["listed"]
+    assert listed["lambda"].tolist() == [0, 1, 2, 5, 10]
+    assert listed["collapsed_runs"].tolist() == [0, 0, 0, 0, 1]
+    assert listed["relu_firing_percent_of_st"].tolist()[:2] == pytest.approx([100, 100 * 0.71 / 0.79])
+    text = (tmp_path / "s" / "settings.md").read_text()
+    assert "- the same in all: l0, on relu, layer_mean, warm-up 0" in text
+    assert "| digits, ResNet-18 | λ 10, σ 0.0001 | 0.700 ± 0.283 (1 collapsed) |" in text
+
+
+def test_runs_that_differ_in_more_than_penalty_and_seed_are_named(tradeoff):
+    assert "MIXED" not in tradeoff()["said"].replace("MIXED: the runs were made", "")
+    other = {"accuracy": 0.9, "ratio": 0.7, "lambda": 1, "seed": 2, "epochs": 2}
+    assert "the runs of digits, ResNet-18 differ in epochs: make each its own study" in tradeoff(extra=[other])["said"]
+
+
+@pytest.mark.parametrize(
+    ("runs", "sentence"),
+    [
+        ({}, "0 of 1 runs have a result"),
+        ({1: RUNS[1], 2: RUNS[2]}, "No standard training (lambda 0) has a result"),
+        ({0: RUNS[0]}, "no setting is within the margin"),
+        ({0: RUNS[0], 5: RUNS[5]}, "no setting is within the margin"),
+        ({0: RUNS[0][:1], 1: RUNS[1][:1]}, "the energy decrease is 12.5%."),
+        ({0: [(0.5, 0.4)], 1: [(0.5, 0.3)]}, "standard training did not learn"),
+    ],
+    ids=["nothing", "no standard training", "nothing else", "none within the margin", "one seed", "all collapsed"],
+)
+def test_it_runs_on_whatever_there_is_and_says_so(tradeoff, tmp_path, runs, sentence):
+    notebook = tradeoff(runs, draw=True)
+    assert sentence in notebook["said"]
+    assert (tmp_path / "s" / "table.csv").is_file()
+    assert (tmp_path / "s" / "tradeoff.png").is_file() == bool(runs)
+
+
+def test_missing_runs_and_foreign_files_are_named(tradeoff, tmp_path):
+    tradeoff()
+    (tmp_path / "s" / "digits_resnet18_lambda1_seed1.json").unlink()
+    (tmp_path / "s" / "foreign.json").write_text("{")
+    said = tradeoff.on(tmp_path / "s")["said"]
+    assert "7 of 8 runs have a result" in said
+    assert "Missing: digits_resnet18_lambda1_seed1." in said
+    assert re.search(r"Not used: .*foreign\.json", said)
+
+
+def test_figures_show_the_results_that_their_files_name(tradeoff, tmp_path):
+    other = [{"accuracy": 0.5, "ratio": 0.6, "lambda": value, "sigma": 1e-2, "seed": 0} for value in (1, 2, 5)]
+    notebook = tradeoff(draw=True, extra=other)
+    for name in ("tradeoff", "firing_resnet18", "ablation"):
+        png = tmp_path / "s" / f"{name}.png"
+        assert Image.open(png).text["Source"] == notebook["found"].digest()
+        assert png.with_suffix(".pdf").stat().st_size > 1000
+
+
+def test_the_tradeoff_has_means_front_ring_and_floor(tradeoff):
+    known = tradeoff(dataset="cifar10")
+    arguments = [known[name] for name in ("runs", "large", "chosen")]
+    (axis,) = figures.tradeoff_figure(*arguments, 0.03, {("cifar10", "resnet18"): 0.47}).axes
+    drawn = {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    assert sorted(drawn["energy-aware training (EAT)"].get_offsets()[:, 0]) == pytest.approx([0.5, 0.61, 0.71])
+    assert drawn["selected on validation"].get_offsets().tolist() == [pytest.approx([0.61, 0.885])]
+    assert list(drawn["Pareto front"].get_xdata()) == pytest.approx([0.5, 0.61, 0.71])
+    assert list(drawn["no ReLU fires"].get_xdata()) == [0.47, 0.47]
+    assert drawn["energy-aware training in the paper"].get_offsets().tolist() == [[0.61, 0.90]]
+    assert axis.get_title() == "CIFAR-10, ResNet-18"
+    assert {text.get_text() for text in axis.texts} == {"λ 1", "λ 2", "λ 5"}
+
+
+def test_what_the_runs_saw_is_told_in_titles(tradeoff):
+    known = tradeoff()
+    arguments = [known["large"], known["chosen"], 0.03, {}]
+    titles = []
+    for change in ({"train_samples": 77}, {"complete": False}):
+        (axis,) = figures.tradeoff_figure(known["runs"].assign(**change), *arguments).axes
+        titles.append(axis.get_title())
+    name = "digits, ResNet-18\n(70 training images"
+    assert titles == [f"{name})", f"{name}, partial data)"]
+    assert tables.name_of("gtsrb", "vgg16", complete=False) == "GTSRB (partial data), VGG-16"
+
+
+def test_the_ablation_has_a_line_a_sigma_over_shared_seeds(tradeoff):
+    other = [{"accuracy": 0.5, "ratio": 0.6, "lambda": value, "sigma": 1e-2, "seed": 0} for value in (1, 2, 5)]
+    known = tradeoff(extra=other)
+    accuracy, ratio = figures.ablation_figure(pd.concat([known["beneath"], known["ablation"]])).axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in accuracy.get_lines()}
+    assert lines["σ = 0.0001"] == pytest.approx([0.91, 0.90, 0.80]), "seed 0 alone, as for the other sigma"
+    assert lines["σ = 0.01"] == [0.5] * 3
+    assert lines["standard training"] == pytest.approx([0.90, 0.90])
+    assert ratio.get_ylabel() == "energy ratio (published)"
+
+
+def test_the_pareto_front_has_what_no_other_point_beats():
+    points = pd.DataFrame({"ratio": [0.5, 0.5, 0.6, 0.7, 0.8], "accuracy": [0.6, 0.7, 0.7, 0.9, 0.8]})
+    assert figures.pareto_front(points, "ratio", "accuracy").index.tolist() == [1, 3]
+
+
+def test_relus_come_before_pools_and_dense_layers_are_left_out(make_result):
+    layer = make_result().test.firing[0]
+    kinds = ["Conv2d", "ReLU", "MaxPool2d", "ReLU6", "Linear"]
+    layers = [layer.model_copy(update={"name": str(place), "kind": kind}) for place, kind in enumerate(kinds)]
+    assert list(figures.sparse(layers)) == ["1", "3", "2"]
+
+
+def test_patterns_of_layers_survive_markdown():
+    text = tables.markdown(pd.DataFrame({"layers": ["features.relu*, a|b"]}))
+    assert text.splitlines()[-1] == "| features.relu\\*, a\\|b |"
+
+
+def test_a_page_includes_tables_and_its_links_reach_their_files(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "table.md").write_text("new [table.csv](table.csv) [web](https://x.org)\n")
+    (tmp_path / "page.md").write_text("A\n<!-- include a/b/table.md -->\nold\n<!-- /include -->\nZ\n")
+    assert tables.fill_in(tmp_path / "page.md") == (
+        "A\n<!-- include a/b/table.md -->\nnew [table.csv](a/b/table.csv) [web](https://x.org)\n<!-- /include -->\nZ\n"
+    )
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *(ROOT / "docs").glob("*.md")], ids=lambda page: page.name)
+def test_pages_show_the_committed_results(page):
+    """If not: python -m eatlib.tables README.md docs/*.md"""
+    text = page.read_text(encoding="utf-8")
+    assert tables.fill_in(page) == text
+    assert page.name != "README.md" or "<!-- include results/reference/quick/table.md -->" in text
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+@pytest.mark.parametrize("folder", sorted(REFERENCE.glob("*/")), ids=lambda folder: folder.name)
+def test_the_committed_figures_and_tables_show_the_committed_results(folder, tradeoff, tmp_path):
+    """If not: ./run_all.sh STUDY --results results/reference"""
+    found = StudyResults.load(folder)
+    assert not found.problems
+    assert not found.missing
+    for name in ("tradeoff.png", *(path.name for path in folder.glob("firing_*.png"))):
+        assert Image.open(folder / name).text["Source"] == found.digest()
+    copy = tmp_path / folder.name
+    shutil.copytree(folder, copy, ignore=lambda _, names: [name for name in names if name.endswith((".md", ".csv"))])
+    tradeoff.on(copy)
+    for path in [*copy.glob("*.csv"), *copy.glob("*.md")]:
+        assert path.read_text() == (folder / path.name).read_text()
