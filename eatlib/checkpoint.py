@@ -57,7 +57,8 @@ class TrainingState:
         if not path.exists():
             return
         try:
-            state = torch.load(path, map_location=self.device)  # tensors and plain values alone: no code is run
+            # Only tensors and plain values are read, so that no code is run.
+            state = torch.load(io.BytesIO(path.read_bytes()), map_location=self.device)
             for key, value in _made_of(config, data_digest).items():
                 if state["made of"][key] != value:
                     raise CheckpointError(f"its {key} is {state['made of'][key]}, not {value}")

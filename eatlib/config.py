@@ -59,25 +59,14 @@ MAX_RUNS = 10_000
 """Runs that a study may have: more are a slip in a grid."""
 
 
-def _number(value: Any) -> Any:
-    """Make `1e-3` a number: YAML 1.1 reads it, lacking a dot, as a string. A truth value is none."""
+def _no_truth_value(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("must be a number")
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
     return value
 
 
-def _whole(value: Any) -> Any:
-    value = _number(value)
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
-Whole = Annotated[int, BeforeValidator(_whole)]
+Real = Annotated[float, BeforeValidator(_no_truth_value), Field(allow_inf_nan=False)]
+Whole = Annotated[int, BeforeValidator(_no_truth_value)]
 
 
 class ConfigError(ValueError):
@@ -179,12 +168,10 @@ class RunConfig(BaseModel):
     def _fill_dataset_defaults(cls, values: Any) -> Any:
         """Write the data set's own image size and augmentation out, so that the hash covers them."""
         if isinstance(values, dict):
-            dataset = str(values.get("dataset", cls.model_fields["dataset"].default)).split(":")[0]
-            if dataset in DATASETS:
-                own = DATASETS[dataset]
-                for key in ("image_size", "augmentation"):
-                    if values.get(key) is None:
-                        values = values | {key: getattr(own, key)}
+            own = DATASETS.get(str(values.get("dataset", cls.model_fields["dataset"].default)).split(":")[0])
+            for key in ("image_size", "augmentation"):
+                if own and values.get(key) is None:
+                    values = values | {key: getattr(own, key)}
         return values
 
     @model_validator(mode="after")

@@ -84,7 +84,7 @@ def tradeoff_figure(
         if group in floors:
             axis.axvline(floors[group], color="0.5", linestyle="--", linewidth=1, label="no ReLU fires", zorder=1)
         axis.set(xlabel=f"energy ratio ({accounting})", ylabel="test accuracy")
-        axis.set_title(_title(group, own), parse_math=False)
+        axis.set_title(name_of(*group, complete=own["complete"].all()), parse_math=False)
         axis.margins(0.12)
     figure = _finish(figure, label)
     figure.draw_without_rendering()  # so that the panels have their size
@@ -126,8 +126,8 @@ def ablation_figure(runs: "pd.DataFrame", accounting: str = "published", *, labe
             axis.minorticks_off()
         row[0].set_ylabel("test accuracy")
         row[1].set_ylabel(f"energy ratio ({accounting})")
-        row[0].set_title(_title(kind[:2], part), parse_math=False)
-        row[1].set_title(f"{setting_text(part.iloc[0], rest)}\nseeds: {part['seed'].nunique()}", parse_math=False)
+        row[0].set_title(name_of(*kind[:2], complete=part["complete"].all()), parse_math=False)
+        row[1].set_title(f"{setting_text(part.iloc[0], rest)}, seeds: {part['seed'].nunique()}", parse_math=False)
     return _finish(figure, label)
 
 
@@ -151,15 +151,6 @@ def _panels(runs: "pd.DataFrame") -> tuple[Figure, dict[tuple[str, str], Axes]]:
     for group in places.keys() - set(runs.groupby(GROUP).groups):
         places.pop(group).remove()
     return figure, places
-
-
-def _title(group: Sequence[str], runs: "pd.DataFrame") -> str:
-    """The data set and network; in a second line, unless these runs saw a complete data set, what they saw."""
-    complete = runs["complete"].all()
-    if complete and runs[["train_samples", "test_samples"]].isna().all(axis=None):
-        return name_of(*group)
-    partial = "" if complete else ", partial data"
-    return f"{name_of(*group)}\n({runs['train_images'].iloc[0]:,} training images{partial})"
 
 
 def _cross_collapsed(axis: Axes, runs: "pd.DataFrame", x: str, y: str) -> None:
@@ -223,17 +214,14 @@ def firing_bars(axis: Axes, sides: Mapping[str, Mapping[str, float]]) -> None:
 
 def curves_figure(history: Sequence[Epoch]) -> Figure:
     """Cross-entropy, penalty and accuracy over the epochs of one run."""
-    epochs = [epoch.epoch for epoch in history]
     figure, axes = plt.subplots(1, 3, figsize=(10, 2.8), layout="constrained")
-    panels = {"cross-entropy": ["loss"], "penalty": ["penalty"], "accuracy": ["train_accuracy", "validation_accuracy"]}
-    for axis, (name, fields) in zip(axes, panels.items(), strict=True):
-        for field in fields:
-            values, kind = [getattr(epoch, field) for epoch in history], field.removesuffix("_accuracy")
-            # Markers at 0 lie on the frame, which must not cut them.
-            axis.plot(epochs, values, marker="o", markersize=3, clip_on=False, label=kind)
-        axis.set(xlabel="epoch", ylabel=name)
-    for axis in axes[:2]:
-        axis.set_ylim(0)
+    fields = {"loss": axes[0], "penalty": axes[1], "train_accuracy": axes[2], "validation_accuracy": axes[2]}
+    for field, axis in fields.items():
+        points = [(epoch.epoch, getattr(epoch, field)) for epoch in history]
+        # Markers at 0 lie on the frame, which must not cut them.
+        axis.plot(*zip(*points, strict=True), marker="o", markersize=3, clip_on=False, label=field.partition("_")[0])
+    for axis, name in zip(axes, ("cross-entropy", "penalty", "accuracy"), strict=True):
+        axis.set(xlabel="epoch", ylabel=name, ylim=(None if name == "accuracy" else 0, None))
     axes[2].legend(frameon=False)
     return figure
 

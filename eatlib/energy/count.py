@@ -1,11 +1,8 @@
 """Counting: the non-zeros of a tensor, the tensors of one forward pass, and a layer's row of the report."""
 
-import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, fields
-from functools import reduce
-from operator import iadd
 
 import numpy as np
 import torch
@@ -16,8 +13,7 @@ from eatlib.hardware import Totals
 
 ZERO = 2.0**-126
 """The largest magnitude that counts as zero (the published simulator's; float32's smallest normal number)."""
-
-_CHUNK = 2**16  # elements: what stays in the cache from one step of a count to the next
+_PART = 2**16  # elements that stay in the cache from one step of a count to the next
 
 
 def count_nonzero(x: Tensor) -> int | Tensor:
@@ -26,12 +22,12 @@ def count_nonzero(x: Tensor) -> int | Tensor:
     Returns:
         An int; on an accelerator, which an int would have to wait for, a float64 tensor that holds one.
     """
-    if x.is_cpu and x.dtype != torch.bfloat16:
-        elements = x.detach().numpy().ravel(order="K")  # as they lie in memory: no copy, unless there are gaps
-        chunks = (elements[start : start + _CHUNK] for start in range(0, elements.size, _CHUNK))
-        return elements.size - sum(int(np.count_nonzero(np.abs(chunk) <= ZERO)) for chunk in chunks)
-    zeros = torch.count_nonzero((x.byte() if x.dtype == torch.bool else x).abs() <= ZERO)
-    return x.numel() - (int(zeros) if x.is_cpu else zeros.double())
+    if not x.is_cpu or x.dtype == torch.bfloat16:
+        zeros = torch.count_nonzero((x.byte() if x.dtype == torch.bool else x).abs() <= ZERO)
+        return x.numel() - (int(zeros) if x.is_cpu else zeros.double())
+    elements = x.detach().numpy().ravel(order="K")  # as they lie in memory: no copy, unless there are gaps
+    parts = (elements[start : start + _PART] for start in range(0, elements.size, _PART))
+    return elements.size - sum(int(np.count_nonzero(np.abs(part) <= ZERO)) for part in parts)
 
 
 def tensors(arguments: object) -> list[Tensor]:
@@ -45,7 +41,7 @@ def tensors(arguments: object) -> list[Tensor]:
     return [x for argument in arguments for x in tensors(argument)]
 
 
-class Counter:
+class NonZeros:
     """Counts each tensor of a forward pass once for as long as it does not change; keeps none of them alive."""
 
     def __init__(self) -> None:
@@ -59,23 +55,18 @@ class Counter:
             self._counts[place] = count_nonzero(x)
         return self._counts[place]
 
-    def memory(self, x: Tensor) -> int:
-        """What `x` shares with its views, and with no other tensor of the pass."""
+    def place(self, x: Tensor) -> tuple[int, Hashable]:
+        """What `x` shares with its views alone, and which of their elements it is, until an operator writes to them."""
         storage = x.untyped_storage()
-        address = storage._cdata
-        if address not in self._storages:
-            self._storages[address] = StorageWeakRef(storage)  # while this lives, the address is not used again
-        return address
-
-    def place(self, x: Tensor) -> Hashable:
-        """Equal for tensors that are the same elements of the same memory, until an operator writes to it."""
-        memory = self.memory(x)
+        memory = storage._cdata
+        if memory not in self._storages:
+            self._storages[memory] = StorageWeakRef(storage)  # while this lives, the address is not used again
         dimensions = tuple(sorted(zip(x.stride(), x.shape, strict=True)))
-        return memory, self._versions[memory], x.dtype, x.storage_offset(), dimensions
+        return memory, (self._versions[memory], x.dtype, x.storage_offset(), dimensions)
 
     def changed(self, x: Tensor) -> None:
         """An operator has written to `x`."""
-        self._versions[self.memory(x)] += 1
+        self._versions[self.place(x)[0]] += 1
 
 
 @dataclass
@@ -101,15 +92,9 @@ class Row:
         vars(self)[what] += x.numel()
         vars(self)[f"nonzero_{what}"] += nonzero
 
-    def __iadd__(self, other: "Row") -> "Row":
+    def add(self, other: "Row") -> None:
         for number in NUMBERS:
             vars(self)[number] += vars(other)[number]
-        return self
-
-    @property
-    def firing(self) -> float:
-        """Share of the outputs that are not zero; NaN for a layer that writes none."""
-        return self.nonzero_outputs / self.outputs if self.outputs else math.nan
 
     def totals(self, batches: int, images: int) -> Totals:
         """What `eatlib.hardware` prices."""
@@ -122,7 +107,10 @@ NUMBERS = [number.name for number in fields(Row)[2:]]
 
 
 def sum_rows(rows: Iterable[Row]) -> Row:
-    return reduce(iadd, rows, Row("all", ""))
+    whole = Row("all", "")
+    for row in rows:
+        whole.add(row)
+    return whole
 
 
 def finish(rows: list[Row]) -> None:

@@ -15,7 +15,7 @@ It applies batch norm, activations and all else up to the next layer that multip
 - Weights are read once per call of the layer and batch.
 """
 
-import collections
+from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from eatlib.energy.count import ZERO, Counter, Row, tensors
+from eatlib.energy.count import ZERO, NonZeros, Row, tensors
 from eatlib.energy.trace import Operator
 
 _aten = torch.ops.aten
@@ -70,19 +70,13 @@ def describe(call: Operator) -> str:
     return f"{call.name or 'the network itself'}: {call.function.overloadpacket.__name__}{note}"
 
 
-@dataclass(slots=True, eq=False)
+@dataclass
 class Value:
-    """What a tensor is to the accelerator; views and casts of it are the same value.
+    """What a tensor is to the accelerator; views and casts of it are the same value."""
 
-    Attributes:
-        producer: index of the row that computed it, up to any element-wise work since; -1: the network's input.
-        layers: the leaf module calls that it passed through since.
-        written: whether it was written to memory.
-    """
-
-    producer: int
-    layers: tuple[str, ...] = ()
-    written: bool = False
+    producer: int  # index of the row that computed it, up to any element-wise work since; -1: the network's input
+    layers: tuple[str, ...] = ()  # the leaf module calls that it passed through since
+    written: bool = False  # to memory
 
 
 class FusedPass:
@@ -91,73 +85,67 @@ class FusedPass:
     Attributes:
         rows: one for each layer that multiplies, and each element-wise operator of two activations.
         uncounted: the names of what ran but is not in these numbers.
-        accesses, macs: by leaf module call, those to and on the tensor that came out of it, if it were dense.
+        uses: of tensors in memory: the leaf module calls that one came out of, its elements, and the MACs with it.
     """
 
-    def __init__(self, inputs: object, counter: Counter, exact_macs: bool) -> None:
+    def __init__(self, inputs: list[Tensor], counter: NonZeros, exact_macs: bool) -> None:
         self.rows: list[Row] = []
         self.uncounted: dict[str, None] = {}
-        self.accesses: collections.Counter[str] = collections.Counter()
-        self.macs: collections.Counter[str] = collections.Counter()
+        self.uses: list[tuple[tuple[str, ...], int, int]] = []
         self._counter, self._exact_macs = counter, exact_macs
         self._values: dict[Hashable, Value] = {}
         self._latest: dict[int, Value] = {}  # by memory: for other views of a tensor that changed
-        self._labels: collections.Counter[str] = collections.Counter()
-        for x in tensors(inputs):
+        self._labels: Counter[str] = Counter()
+        for x in inputs:
             self._set_value(x, Value(-1))
 
     def operands(self, call: Operator) -> list[tuple[Tensor, Value]]:
         """Those that depend on the network's input; the others are constants, such as parameters."""
         if call.function.overloadpacket in _NEW:
             return []
-        return [(x, value) for x in tensors((call.arguments, call.keywords)) if (value := self._value(x)) is not None]
+        return [(x, value) for x in tensors((call.arguments, call.keywords)) if (value := self._value(x))]
 
     def operator(self, call: Operator, operands: list[tuple[Tensor, Value]]) -> Any:
         """Run an operator, charge it, and return its output."""
+        if not operands:
+            return self._run(call)
         kind = kind_of(call.function)
-        if not operands or kind == "move":
-            output = self._run(call)
-            for x, value in operands[:1]:
-                for y in tensors(output):  # each part of a tensor is written on its own
-                    self._set_value(y, value if y.numel() == x.numel() else replace(value))
-            return output
+        x, value = max(operands, key=lambda operand: operand[1].producer)
+        if kind == "element-wise":
+            self._join(call, [other for other, earlier in operands if earlier.producer != value.producer])
+        elif kind == "unknown":
+            self.uncounted[describe(call)] = None
+        output = self._run(call)
         if kind == "product":
-            output = self._run(call)
             value = self._multiply(call, output)
-        else:
-            latest = max((value for _, value in operands), key=lambda value: value.producer)
-            others = [x for x, value in operands if value.producer != latest.producer]
-            if kind == "element-wise" and others:
-                row = self._add_row(call, call.function.overloadpacket.__name__)
-                for x in others:
-                    self._read(row, x)
-            elif kind == "unknown":
-                self.uncounted[describe(call)] = None
-            output, value = self._run(call), Value(latest.producer, latest.layers)
+        elif kind != "move":
+            value = Value(value.producer, value.layers)
         for y in tensors(output):
-            self._set_value(y, value)
+            part = kind == "move" and y.numel() != x.numel()  # it is written on its own
+            self._set_value(y, replace(value) if part else value)
         return output
 
     def layer(self, name: str, output: object) -> None:
-        """A leaf module has returned `output`, whose operators ran before."""
+        """A leaf module has returned `output`; its operators ran before."""
         for x in tensors(output):
-            if (value := self._value(x)) is not None:
+            if value := self._value(x):
                 value.layers += (name,)
 
     def end(self, output: object) -> None:
         for x in tensors(output):
-            if (value := self._value(x)) is not None:
+            if value := self._value(x):
                 self._write(x, value)
 
     def _value(self, x: Tensor) -> Value | None:
         """None for constants: parameters, buffers and whatever is made of them alone."""
-        place, latest = self._counter.place(x), self._latest.get(self._counter.memory(x))
-        if place not in self._values and latest is not None:
-            self._values[place] = replace(latest, written=False)
+        place = self._counter.place(x)
+        if place not in self._values and place[0] in self._latest:
+            self._values[place] = replace(self._latest[place[0]], written=False)
         return self._values.get(place)
 
     def _set_value(self, x: Tensor, value: Value) -> None:
-        self._values[self._counter.place(x)] = self._latest[self._counter.memory(x)] = value
+        place = self._counter.place(x)
+        self._values[place] = self._latest[place[0]] = value
 
     def _run(self, call: Operator) -> Any:
         output = call.run()
@@ -166,7 +154,7 @@ class FusedPass:
                 self._counter.changed(x)
         return output
 
-    def _add_row(self, call: Operator, kind: str) -> Row:
+    def _new_row(self, call: Operator, kind: str) -> Row:
         operator = call.function.overloadpacket.__name__
         name = call.name if call.in_leaf else f"{call.name}.{operator}".lstrip(".")
         if call.in_leaf and self._labels[name]:
@@ -176,35 +164,37 @@ class FusedPass:
         return self.rows[-1]
 
     def _multiply(self, call: Operator, output: Tensor) -> Value:
-        row = self._add_row(call, call.kind if call.in_leaf else call.function.overloadpacket.__name__)
-        left, right = (call.arguments[index] for index in _FACTORS[call.function.overloadpacket])
+        operator = call.function.overloadpacket
+        row = self._new_row(call, call.kind if call.in_leaf else operator.__name__)
+        left, right = (call.arguments[index] for index in _FACTORS[operator])
         row.operations = _macs(call, left, right, output)
         for x in tensors(call.arguments[:3]):
             self._read(row, x)
+        nonzero = self._counter(left) * self._counter(right)
+        row.effective_operations = row.operations * nonzero / max(1, left.numel() * right.numel())
         if self._exact_macs:
             row.effective_operations = _effective_macs(call, left, right)
-        else:
-            nonzero, elements = self._counter(left) * self._counter(right), left.numel() * right.numel()
-            row.effective_operations = row.operations * nonzero / max(1, elements)
         return Value(len(self.rows) - 1)
+
+    def _join(self, call: Operator, others: list[Tensor]) -> None:
+        """The operator happens where its latest operand is computed: it reads the others."""
+        if others:
+            row = self._new_row(call, call.function.overloadpacket.__name__)
+            for x in others:
+                self._read(row, x)
 
     def _read(self, row: Row, x: Tensor) -> None:
         value = self._value(x)
-        row.charge("parameters" if value is None else "inputs", x, self._counter(x))
-        if value is not None:
-            self._use(value, x.numel(), row.operations)
+        row.charge("inputs" if value else "parameters", x, self._counter(x))
+        if value:
+            self.uses.append((value.layers, x.numel(), row.operations))
             self._write(x, value)
 
     def _write(self, x: Tensor, value: Value) -> None:
         if value.producer >= 0 and not value.written:
             self.rows[value.producer].charge("outputs", x, self._counter(x))
-            self._use(value, x.numel(), 0)
+            self.uses.append((value.layers, x.numel(), 0))
         value.written = True
-
-    def _use(self, value: Value, accesses: int, macs: int) -> None:
-        for layer in value.layers:
-            self.accesses[layer] += accesses
-            self.macs[layer] += macs
 
 
 def _macs(call: Operator, left: Tensor, right: Tensor, output: Tensor) -> int:

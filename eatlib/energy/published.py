@@ -1,8 +1,8 @@
 """`published`: the arithmetic of the simulator behind the paper's ratios, to the letter.
 
 It is that of Sponge Examples (EuroS&P 2021, arXiv 2006.03463). Each call of a leaf module is charged with reading its
-inputs, parameters and buffers, with writing its outputs, and with operations of its kind; a convolution's output is thus
-written, read and written again by batch norm and ReLU. Functional calls are not seen. Its quirks are kept:
+inputs, parameters and buffers, with writing its outputs, and with operations of its kind: a convolution's output is
+written, read and written again by batch norm and ReLU. Functional calls are not seen. Quirks are kept:
 
 - A ReLU's input counts as what it is *after* the call, as the simulator sees it with in-place ReLUs, the paper's own;
   a ReLU that is not in place is counted alike.
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eatlib.energy.count import Counter, Row, count_nonzero, finish, sum_rows, tensors
+from eatlib.energy.count import NonZeros, Row, count_nonzero, finish, sum_rows, tensors
 from eatlib.energy.trace import evaluating, trace
 from eatlib.hardware import Hardware, Totals, energy_ratio, find_hardware
 
@@ -29,7 +29,7 @@ _NO_OPERATIONS = (nn.ReLU, nn.ReLU6, nn.Dropout, nn.Dropout2d, nn.Flatten, nn.La
 class PublishedPass:
     """One forward pass: a row for each call, and the names of what ran but is not in these numbers."""
 
-    def __init__(self, counter: Counter) -> None:
+    def __init__(self, counter: NonZeros) -> None:
         self.rows: list[Row] = []
         self.uncounted: dict[str, None] = {}
         self._counter = counter
@@ -93,20 +93,16 @@ def silent_ratio(network: nn.Module, image_size: int, batch_size: int, hardware:
 
     Convolution and batch-norm outputs are taken as dense. A network that lost whole layers can be below.
     """
-    seen = PublishedPass(Counter())
+    seen = PublishedPass(NonZeros())
     with evaluating(network), trace(network, on_layer=seen.layer), torch.no_grad():
         network(torch.zeros(1, 3, image_size, image_size, device=next(network.parameters()).device))
     finish(seen.rows)
     whole, first = sum_rows(seen.rows), next(row for row in seen.rows if row.kind == "Conv2d")
     read = sum(row.inputs for row in seen.rows if row.kind == "BatchNorm2d" or row is first)
     written = sum(row.outputs for row in seen.rows if row.kind in ("Conv2d", "BatchNorm2d", "Linear"))
+    accesses = batch_size * (whole.inputs + whole.outputs) + whole.parameters
+    left = batch_size * (read + written) + whole.nonzero_parameters
+    operations = batch_size * whole.operations
     share = read / whole.inputs * whole.nonzero_parameters / whole.parameters
-    batch = Totals(
-        batches=1,
-        images=batch_size,
-        accesses=batch_size * (whole.inputs + whole.outputs) + whole.parameters,
-        nonzero_accesses=batch_size * (read + written) + whole.nonzero_parameters,
-        operations=batch_size * whole.operations,
-        effective_operations=batch_size * whole.operations * share,
-    )
+    batch = Totals(1, batch_size, accesses, left, operations, operations * share)
     return energy_ratio([batch], "published", find_hardware(hardware))

@@ -1,9 +1,9 @@
 """The meter that watches a model's forward passes, and the report of what they cost."""
 
-import collections
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass, field, replace
-from functools import cached_property
+from copy import deepcopy
+from dataclasses import astuple, dataclass, field
 from operator import add
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from eatlib.energy.count import NUMBERS, Counter, Row, finish, sum_rows, tensors
+from eatlib.energy.count import NUMBERS, NonZeros, Row, finish, sum_rows, tensors
 from eatlib.energy.fused import FusedPass, describe, kind_of
 from eatlib.energy.published import PublishedPass
 from eatlib.energy.trace import Operator, evaluating, trace
@@ -27,26 +27,42 @@ from eatlib.hardware import (
     joules_per_image,
 )
 
+DEFAULT = "horowitz-45nm-float32"
+
 if TYPE_CHECKING:
     import pandas as pd  # a slow import that a training run does without
 
 
-@dataclass(frozen=True)
+@dataclass
 class EnergyReport:
     """Energy of the forward passes that a meter saw, in one accounting; prints as a table.
 
     Attributes:
         accounting, hardware: what is charged, and at which prices.
-        batches: the counts of all batches of one size each, which `eatlib.hardware` prices for any hardware.
         uncounted: what ran but is not in these numbers, by name. Element-wise work is never charged for its operations;
             `published` misses the memory accesses of what it lists.
     """
 
     accounting: Accounting
     hardware: Hardware
-    batches: list[Totals]
-    uncounted: list[str]
-    _rows: list[Row] = field(repr=False)
+    uncounted: list[str] = field(default_factory=list)
+    _rows: dict[str, Row] = field(default_factory=dict, repr=False)
+    _batches: dict[tuple[int, ...], Totals] = field(default_factory=dict, repr=False)
+
+    def add(self, rows: list[Row], images: int, uncounted: Iterable[str]) -> None:
+        """Add a batch."""
+        batch = sum_rows(rows).totals(1, images)
+        size = images, batch.accesses, batch.operations
+        before = self._batches.get(size, Totals(0, 0, 0, 0, 0, 0.0))
+        self._batches[size] = Totals(*map(add, astuple(before), astuple(batch)))
+        for row in rows:
+            self._rows.setdefault(row.name, Row(row.name, row.kind)).add(row)
+        self.uncounted = list(dict.fromkeys([*self.uncounted, *uncounted]))
+
+    @property
+    def batches(self) -> list[Totals]:
+        """The counts of all batches of one size each, which `eatlib.hardware` prices for any hardware."""
+        return list(self._batches.values())
 
     @property
     def images(self) -> int:
@@ -55,14 +71,11 @@ class EnergyReport:
     @property
     def batch_sizes(self) -> dict[int, int]:
         """How many batches there were of each size; weights are read once a batch."""
-        sizes: collections.Counter[int] = collections.Counter()
-        for totals in self.batches:
-            sizes[totals.images // totals.batches] += totals.batches
-        return dict(sizes)
+        return {totals.images // totals.batches: totals.batches for totals in self.batches}
 
     @property
     def ratio(self) -> float:
-        """Energy with zero-skipping over energy without it: `published`, mean over the batches; `fused`, of the sums."""
+        """Energy with zero-skipping over energy without it, as `eatlib.hardware.energy_ratio` says."""
         return energy_ratio(self.batches, self.accounting, self.hardware)
 
     @property
@@ -83,62 +96,36 @@ class EnergyReport:
 
     @property
     def totals(self) -> dict[str, int]:
-        """Sums over layers and batches, with zeros and without (`nonzero_...`); see `layers`. Rounded."""
-        whole = sum_rows(self._rows)
+        """Sums of the columns of `layers` with the same names, rounded."""
+        whole = sum_rows(self._rows.values())
         return {number: round(getattr(whole, number)) for number in NUMBERS}
 
-    @cached_property
+    @property
     def layers(self) -> "pd.DataFrame":
         """One row a layer call, in order: sums over all images in elements and operations; joules an image.
 
-        `outputs` are what the layer writes to memory, `firing` is the share of it that is not zero; `operations` are the
-        simulator's or MACs, `effective_operations` what zero-skipping leaves; `share` is the layer's of all energy.
+        `outputs` are what the layer writes to memory, `firing` is the share of it that is not zero; `operations` are
+        the simulator's or MACs, `effective_operations` what zero-skipping leaves; `share` is the layer's of all energy.
         """
         import pandas as pd
 
-        table = pd.DataFrame(self._rows)
-        table.insert(6, "firing", [row.firing for row in self._rows])
-        for column, dense in (("joules_per_image", False), ("dense_joules_per_image", True)):
-            totals = [row.totals(len(self.batches), self.images) for row in self._rows]
-            table[column] = [joules_per_image([row], self.hardware, dense=dense) for row in totals]
+        table = pd.DataFrame(self._rows.values())
+        table.insert(6, "firing", table["nonzero_outputs"] / table["outputs"])
+        totals = [[row.totals(len(self.batches), self.images)] for row in self._rows.values()]
+        table["joules_per_image"] = [joules_per_image(row, self.hardware) for row in totals]
+        table["dense_joules_per_image"] = [joules_per_image(row, self.hardware, dense=True) for row in totals]
         table["share"] = table["joules_per_image"] / (self.joules_per_image or 1)
         return table
 
     def __str__(self) -> str:
-        table = self.layers[["name", "kind", "firing", "operations", "joules_per_image", "share"]]
-        table.insert(
-            4, "left", self.layers["effective_operations"] / table["operations"].where(table["operations"] > 0)
-        )
-        percent = dict.fromkeys(("firing", "left", "share"), "{:.1%}".format)
+        columns = ["name", "kind", "firing", "operations", "effective_operations", "joules_per_image", "share"]
         sizes = ", ".join(f"{batches} x {size}" for size, batches in self.batch_sizes.items())
-        joules = (self.joules_per_image, self.dense_joules_per_image, self.ideal_joules_per_image)
         return (
-            f"energy ratio {self.ratio:.4f} ({self.accounting}, {self.hardware.name})\n"
-            "{:.3g} J an image with zero-skipping, {:.3g} J without, {:.3g} J with weights in place\n".format(*joules)
-            + f"{self.images} images in batches of {sizes}\n"
-            + table.to_string(index=False, na_rep="-", float_format="{:.3g}".format, formatters=percent)
-            + f"\nnot counted: {'; '.join(self.uncounted) or 'nothing'}"
+            f"energy ratio {self.ratio:.4f} ({self.accounting}, {self.hardware.name}), {self.joules_per_image:.3g} J an "
+            f"image with zero-skipping, {self.dense_joules_per_image:.3g} J without\n{self.images} images in batches of "
+            f"{sizes}\n{self.layers[columns].to_string(index=False, na_rep='-', float_format='{:.3g}'.format)}\n"
+            f"not counted: {'; '.join(self.uncounted) or 'nothing'}"
         )
-
-
-class _Sums:
-    """What a meter has seen so far, in one accounting."""
-
-    def __init__(self) -> None:
-        self.rows: dict[str, Row] = {}
-        self.batches: dict[tuple[int, ...], Totals] = {}
-        self.uncounted: dict[str, None] = {}
-
-    def add(self, rows: list[Row], images: int, uncounted: dict[str, None]) -> None:
-        """Add one batch; those of one size, which cost the same without zero-skipping, share their totals."""
-        batch = sum_rows(rows).totals(1, images)
-        size = images, batch.accesses, batch.operations
-        before = self.batches.get(size, Totals(0, 0, 0, 0, 0, 0.0))
-        self.batches[size] = Totals(*map(add, astuple(before), astuple(batch)))
-        for row in rows:
-            sums = self.rows.setdefault(row.name, Row(row.name, row.kind))
-            sums += row
-        self.uncounted |= uncounted
 
 
 class EnergyMeter:
@@ -157,17 +144,14 @@ class EnergyMeter:
             batch, an empty one or one without a batch dimension; NaN in the input or output.
     """
 
-    def __init__(
-        self, model: nn.Module, *, hardware: str | Hardware = "horowitz-45nm-float32", exact_macs: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, *, hardware: str | Hardware = DEFAULT, exact_macs: bool = False) -> None:
         _check_model(model)
         self.hardware = find_hardware(hardware)
         self._model, self._exact_macs = model, exact_macs
-        self._sums = {accounting: _Sums() for accounting in ACCOUNTINGS}
+        self._reports = {accounting: EnergyReport(accounting, self.hardware) for accounting in ACCOUNTINGS}
 
     def __enter__(self) -> "EnergyMeter":
-        on = {"on_start": self._start, "on_layer": self._layer, "on_operator": self._operator, "on_end": self._end}
-        self._trace = trace(self._model, **on)
+        self._trace = trace(self._model, self._layer, self._operator, self._start, self._end)
         self._trace.__enter__()
         return self
 
@@ -178,7 +162,7 @@ class EnergyMeter:
         inputs = tensors(arguments)
         _check_inputs(inputs)
         self._images = len(inputs[0])
-        counter = Counter()
+        counter = NonZeros()
         self._published, self._fused = PublishedPass(counter), FusedPass(inputs, counter, self._exact_macs)
 
     def _layer(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -197,8 +181,8 @@ class EnergyMeter:
             raise EnergyError("the model's output holds NaN, whose energy means nothing: look at its weights")
         finish(self._published.rows + self._fused.rows)
         self._published.skip_operations()
-        for accounting, seen in (("published", self._published), ("fused", self._fused)):
-            self._sums[accounting].add(seen.rows, self._images, seen.uncounted)
+        self._reports["published"].add(self._published.rows, self._images, self._published.uncounted)
+        self._reports["fused"].add(self._fused.rows, self._images, self._fused.uncounted)
 
     def report(self, accounting: Accounting = "published") -> EnergyReport:
         """The energy of all batches so far.
@@ -206,43 +190,38 @@ class EnergyMeter:
         Raises:
             EnergyError: unknown accounting; no forward pass yet; none with a layer that the accounting charges.
         """
-        _check_accounting(accounting)
-        sums = self._sums[accounting]
-        if not sums.batches:
+        if accounting not in ACCOUNTINGS:
+            raise EnergyError(f"accounting = {accounting!r}: must be one of {', '.join(ACCOUNTINGS)}")
+        report = self._reports[accounting]
+        if not report.batches:
             raise EnergyError("no batch was measured: run the model within the meter, on one batch at least")
-        if not sums.rows:
-            seen = ", ".join(sums.uncounted) or "nothing that computes"
+        if not report.totals["inputs"]:
+            seen = ", ".join(report.uncounted) or "nothing that computes"
             raise EnergyError(f"the {accounting} accounting saw no layer that multiplies, only {seen}")
-        rows = [replace(row) for row in sums.rows.values()]
-        return EnergyReport(accounting, self.hardware, list(sums.batches.values()), list(sums.uncounted), rows)
+        return deepcopy(report)
 
     def firing(self) -> list[tuple[str, str, float]]:
         """(name, kind, share of outputs that are not zero) of each leaf module call, in the order of the calls."""
-        return [(row.name, row.kind, row.firing) for row in self._sums["published"].rows.values() if row.outputs]
+        rows = self._reports["published"]._rows.values()
+        return [(row.name, row.kind, row.nonzero_outputs / row.outputs) for row in rows if row.outputs]
 
 
 def energy_report(
-    model: nn.Module,
-    batches: Iterable[Any],
-    *,
-    hardware: str | Hardware = "horowitz-45nm-float32",
-    accounting: Accounting = "published",
-    exact_macs: bool = False,
+    model: nn.Module, batches: Iterable[Any], *, accounting: Accounting = "published", **options: Any
 ) -> EnergyReport:
     """Measure a model in evaluation mode; see `published` and `fused` for the two accountings.
 
     Args:
         batches: tensors (N, C, H, W), or (images, labels) pairs, as a data loader yields them; they are moved to the
             model's device.
-        hardware, exact_macs: as for `EnergyMeter`.
+        options: `hardware` and `exact_macs` of `EnergyMeter`.
 
     Raises:
         EnergyError: as `EnergyMeter`; unknown accounting; no batches, or batches of another kind.
     """
-    _check_accounting(accounting)
     if isinstance(batches, Tensor):
         raise EnergyError(f"batches is one tensor {tuple(batches.shape)}: give a list of batches, [images]")
-    meter = EnergyMeter(model, hardware=hardware, exact_macs=exact_macs)
+    meter = EnergyMeter(model, **options)
     with evaluating(model), meter, torch.no_grad():
         for batch in batches:
             images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
@@ -253,9 +232,7 @@ def energy_report(
     return meter.report(accounting)
 
 
-def activation_cost(
-    model: nn.Module, images: Tensor, hardware: str | Hardware = "horowitz-45nm-float32"
-) -> dict[str, float]:
+def activation_cost(model: nn.Module, images: Tensor, hardware: str | Hardware = DEFAULT) -> dict[str, float]:
     """What one non-zero activation of each layer costs, as a share of the batch's energy without zero-skipping.
 
     In the `fused` accounting: the tensor that leaves the layer, after whatever follows up to the next layer that
@@ -272,28 +249,20 @@ def activation_cost(
     meter = EnergyMeter(model, hardware=hardware)
     with evaluating(model), meter, torch.no_grad():
         model(images)
-    seen, prices = meter._fused, meter.hardware
-    dense = 1e12 * joules(*meter.report("fused").batches, prices, dense=True)
-    return {
-        row.name: (prices.memory_pj * seen.accesses[row.name] + prices.operation_pj * seen.macs[row.name])
-        / (row.outputs * dense)
-        for row in meter._published.rows
-        if row.outputs
-    }
-
-
-def _check_accounting(accounting: str) -> None:
-    if accounting not in ACCOUNTINGS:
-        raise EnergyError(f"accounting = {accounting!r}: must be one of {', '.join(ACCOUNTINGS)}")
+    cost: Counter[str] = Counter()
+    for layers, accesses, macs in meter._fused.uses:
+        used = joules(Totals(1, len(images), accesses, accesses, macs, macs), meter.hardware)
+        cost.update(dict.fromkeys(layers, used))
+    dense = joules(*meter.report("fused").batches, meter.hardware, dense=True)
+    return {row.name: cost[row.name] / row.outputs / dense for row in meter._published.rows if row.outputs}
 
 
 def _check_model(model: nn.Module) -> None:
     """Refuse a model without weights to charge, or one that hides its operators."""
-    if not any(True for _ in model.parameters()):
+    if not list(model.parameters()):
         raise EnergyError(f"{type(model).__name__} has no parameters: there are no weights whose energy could count")
-    for name, parameter in model.named_parameters():
-        if is_lazy(parameter):
-            raise EnergyError(f"{name} is not initialised yet: run the model on one batch before it is measured")
+    if any(map(is_lazy, model.parameters())):
+        raise EnergyError("the model has lazy parameters: run the model on one batch before it is measured")
     for module in model.modules():
         compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
         if compiled or isinstance(module, torch.jit.ScriptModule):

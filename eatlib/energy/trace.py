@@ -11,10 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Operator(NamedTuple):
-    """An operator that is about to run in the module `name` (as in `trace`; "" is the model) of the class `kind`.
-
-    `function` is its overload, such as `torch.ops.aten.convolution.default`.
-    """
+    """An operator that is about to run in the module `name` ("" is the model) of the class `kind`."""
 
     name: str
     kind: str
@@ -30,7 +27,6 @@ class Operator(NamedTuple):
 @contextmanager
 def trace(
     model: nn.Module,
-    *,
     on_layer: Callable[[str, nn.Module, Any, Any], None],
     on_operator: Callable[[Operator], Any] = Operator.run,
     on_start: Callable[[Any], None] = lambda arguments: None,
