@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -156,27 +155,24 @@ class RunResult(_Record):
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write `content` to a temporary file beside `path`, then move it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @cache
 def git_state() -> tuple[str | None, bool | None]:
     """The commit that the code is at, and whether the code has no uncommitted change; (None, None) outside git."""
-
+    git = {"stderr": subprocess.DEVNULL, "text": True}
     try:
         commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "eatlib"])
-        commit, changes = (subprocess.check_output(["git", "-C", ROOT, *c], stderr=-3, text=True) for c in commands)
+        commit, changes = (subprocess.check_output(["git", "-C", ROOT, *c], **git) for c in commands)
     except (OSError, subprocess.CalledProcessError):
         return None, None
     return commit.strip(), not changes

@@ -252,13 +252,14 @@ def _duration(seconds: float) -> str:
 def _changes(items: list[str]) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     for item in items:
-        key, equals, value = item.partition("=")
-        if not (key and equals) or key in changes:
-            raise StudyError(f"--set {item!r}: must be FIELD=VALUE, each field once, as in epochs=10 or seed=[0,1]")
+        key, _, value = item.partition("=")
         try:
+            if key in changes or not value:
+                raise yaml.YAMLError
             changes[key] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise StudyError(f"--set {item!r}: {value!r} is not a YAML value") from None
+            allowed = "FIELD=VALUE, a YAML value, each field once, as in epochs=10 or seed=[0,1]"
+            raise StudyError(f"--set {item!r}: must be {allowed}") from None
     return changes
 
 

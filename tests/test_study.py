@@ -213,7 +213,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_result(tmp_path):
         (["nope.yaml"], "study = 'nope.yaml'"),
         (["quick", "--set", "epochs"], "--set 'epochs': must be FIELD=VALUE"),
         (["quick", "--set", "epochs=1", "epochs=2"], "--set 'epochs=2'"),
-        (["quick", "--set", "epochs=["], "'[' is not a YAML value"),
+        (["quick", "--set", "epochs=["], "--set 'epochs=[': must be FIELD=VALUE"),
         (["quick", "--set", "epochs=0"], "epochs = 0: Input should be greater than or equal to 1"),
         (["quick", "--set", "lamda=0"], "unknown field 'lamda'; did you mean 'lambda'?"),
         (["quick", "--set", "dataset=cifar10", "data_dir=/nowhere"], "cifar10: no /nowhere/cifar-10-batches-py"),
