@@ -14,8 +14,9 @@ else:
     folder = f"results/{study.name}"
 runs = studies.result_files(study, Path(folder))
 
-if os.environ.get(studies.RUNNER) == str(os.getppid()):
+if os.environ.get(studies.PARENT) == str(os.getppid()):  # not in a job on another machine
     studies.end_with_parent()
+os.environ[studies.PARENT] = str(os.getpid())
 
 
 localrules: all, figures, study_file

@@ -34,6 +34,14 @@ def start(study: Path, results: Path) -> psutil.Popen:
     return psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
+def status(process: psutil.Process) -> str | None:
+    """None if it is gone."""
+    try:
+        return process.status()
+    except psutil.NoSuchProcess:
+        return None
+
+
 def results_of(folder: Path) -> dict[str, str]:
     """What every result says, timings aside."""
     found = {}
@@ -72,6 +80,7 @@ def main() -> int:
                     time.sleep(0.05)
                 if runner.poll() is None:
                     family = [runner, *runner.children(recursive=True)]
+                    names = {process.pid: " ".join(process.cmdline()[-4:]) for process in family}
                     victim = random.choice(family)
                     sign = random.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
                     counts["kills"] += 1
@@ -81,7 +90,11 @@ def main() -> int:
                     if victim is not runner:
                         runner.wait()
                     _, alive = psutil.wait_procs(family, timeout=8)
+                    # What has ended stays listed until its new parent, the system's first process, has asked for it.
+                    alive = [process for process in alive if status(process) not in (None, psutil.STATUS_ZOMBIE)]
                     counts["processes left after 8 s"] += len(alive)
+                    for process in alive:
+                        print(f"left after {sign.name} to {names[victim.pid]}: {names[process.pid]}", file=sys.stderr)
                 else:
                     ended = runner.wait() == 0
                     counts["studies that failed unharmed"] += not ended

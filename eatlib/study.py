@@ -34,8 +34,8 @@ from eatlib.results import ROOT, ResultError, RunResult, StudyResults, write_ato
 TRAIN_NOTEBOOK = ROOT / "notebooks" / "1_train.ipynb"
 TRADEOFF_NOTEBOOK = ROOT / "notebooks" / "2_tradeoff.ipynb"
 KERNEL = {"kernel_name": "python3", "cwd": str(ROOT)}
-RUNNER = "EATLIB_RUNNER"
-"""Environment variable with the process that a local engine ends with."""
+PARENT = "EATLIB_PARENT"
+"""Environment variable in which a process tells those that it starts with whom they have to end."""
 
 
 class StudyError(Exception):
@@ -81,10 +81,11 @@ def local_gpus() -> list[str]:
 
 
 def end_with_parent() -> None:
-    """End this process and those that it started when its parent is gone, or on SIGTERM."""
+    """End this process and those that it started when its parent is gone, also if it is already, or on SIGTERM."""
     import psutil
 
-    parent = os.getppid()
+    parent = int(os.environ.get(PARENT, os.getppid()))
+    os.environ[PARENT] = str(os.getpid())
 
     def end(*_: object) -> None:
         for child in psutil.Process().children(recursive=True):
@@ -273,13 +274,12 @@ def run_engine(folder: Path, names: list[str], options: list[str]) -> int:
         memory = psutil.virtual_memory().available >> 20
         command += ["--resources", f"mem_mb={memory}", f"gpu={len(local_gpus())}"]
     command += ["--config", f"folder={folder}", *options]
-    process = {"stdin": subprocess.DEVNULL, "env": os.environ | {RUNNER: str(os.getpid())}, "start_new_session": True}
     todo = [name for name in names if not (folder / f"{name}.json").exists()]
     with (
         (folder / "log" / "snakemake.log").open("w") as log,
         tqdm(total=len(names), initial=len(names) - len(todo), unit="run", disable=None, dynamic_ncols=True) as bar,
     ):
-        engine = subprocess.Popen(command, stderr=log, **process)
+        engine = subprocess.Popen(command, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
         try:
             while engine.poll() is None:
                 time.sleep(0.2)
@@ -363,11 +363,11 @@ def run(arguments: argparse.Namespace, options: list[str]) -> int:
 
 def main() -> int:
     """Do what the command line says; 0: all well, 1: runs failed, 2: cannot be done, 130: interrupted."""
-    if sys.argv[1:2] == ["train"]:
+    steps = {"train": train, "draw": draw, "data": check_data}
+    if sys.argv[1:2] and sys.argv[1] in steps:
         end_with_parent()
-        return train(Path(sys.argv[2]), sys.argv[3])
-    if sys.argv[1:2] in (["draw"], ["data"]):
-        return {"draw": draw, "data": check_data}[sys.argv[1]](Path(sys.argv[2]))
+        return steps[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])
+    os.environ[PARENT] = str(os.getpid())
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # ./run_all.sh --help has the texts
     parser.add_argument("study", nargs="?", default="quick")
     parser.add_argument("--set", nargs="+", action="extend", default=[])

@@ -14,9 +14,11 @@ from eatlib.energy import (
     EnergyMeter,
     EnergyReport,
     Hardware,
+    count_nonzero,
     energy_report,
+    fused,
+    published,
 )
-from eatlib.energy import count as counting
 from eatlib.models import build_model
 
 PJ = 1e12
@@ -215,11 +217,10 @@ def test_bad_input_is_refused_with_advice() -> None:
     x = images(2, 3, 16, 16)
     refused = {
         "has no parameters": lambda: measure(nn.ReLU(), x),
-        "run the model on one batch": lambda: measure(nn.Sequential(nn.LazyConv2d(4, 3)), x),
         "on one batch at least": lambda: measure(tiny()),
         r"give a list of batches, \[images\]": lambda: energy_report(tiny(), x),
         "a batch is a dict": lambda: measure(tiny(), {"images": x}),
-        r"shape \(16,\): the first dimension must be the batch": lambda: measure(tiny(), x[0, 0, 0]),
+        r"shape \(16,\): must be a batch": lambda: measure(tiny(), x[0, 0, 0]),
         r"N at least 1": lambda: measure(tiny(), x[:0]),
         "hardware = 'eniac': must be one of horowitz": lambda: measure(tiny(), x, hardware="eniac"),
         "accounting = 'mine': must be one of published, fused": lambda: measure(tiny(), x, accounting="mine"),
@@ -240,8 +241,8 @@ def test_bad_input_is_refused_with_advice() -> None:
 def test_counts_may_stay_on_the_device_until_the_end_of_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = build_model("resnet18", classes=4, image_size=16, width=1 / 16), images(3, 3, 16, 16)
     expected = [measure(model, x[:2], x[2:], accounting=accounting) for accounting in ("published", "fused")]
-    count = counting.count_nonzero
-    monkeypatch.setattr(counting, "count_nonzero", lambda x: torch.tensor(count(x), dtype=torch.float64))
+    for module in (fused, published):
+        monkeypatch.setattr(module, "count_nonzero", lambda x: torch.tensor(count_nonzero(x), dtype=torch.float64))
     for report in expected:
         deferred = measure(model, x[:2], x[2:], accounting=report.accounting)
         assert deferred.layers.equals(report.layers)

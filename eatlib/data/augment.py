@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eatlib.data.splits import Split
+from eatlib.data.images import Split
 
 PADDING = 4
 """Black pixels around the image that a random crop may reach into, on each side (the authors' code)."""

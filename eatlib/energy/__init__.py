@@ -6,8 +6,7 @@ ratios), `fused` (an accelerator that fuses layers), `report` (the meter, and wh
 """
 
 from eatlib.energy.count import count_nonzero
-from eatlib.energy.published import silent_ratio
-from eatlib.energy.report import EnergyMeter, EnergyReport, activation_cost, energy_report
+from eatlib.energy.report import EnergyMeter, EnergyReport, activation_cost, energy_report, silent_ratio
 from eatlib.hardware import ACCOUNTINGS, HARDWARE, EnergyError, Hardware, find_hardware
 
 __all__ = ["ACCOUNTINGS", "HARDWARE", "EnergyError", "EnergyMeter", "EnergyReport", "Hardware"]

@@ -1,15 +1,10 @@
-"""Counting: the non-zeros of a tensor, the tensors of one forward pass, and a layer's row of the report."""
+"""Counting: the non-zeros of a tensor, the tensors in a call's arguments, and a layer's row of the report."""
 
-from collections import defaultdict
-from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-
-from eatlib.hardware import Totals
 
 ZERO = 2.0**-126
 """The largest magnitude that counts as zero (the published simulator's; float32's smallest normal number)."""
@@ -35,43 +30,13 @@ def tensors(arguments: object) -> list[Tensor]:
     if isinstance(arguments, Tensor):
         return [arguments]
     if isinstance(arguments, dict):
-        arguments = arguments.values()
-    elif not isinstance(arguments, (tuple, list)):
-        return []
-    return [x for argument in arguments for x in tensors(argument)]
-
-
-class NonZeros:
-    """Counts each tensor of a forward pass once for as long as it does not change; keeps none of them alive."""
-
-    def __init__(self) -> None:
-        self._counts: dict[Hashable, int | Tensor] = {}
-        self._versions: defaultdict[int, int] = defaultdict(int)  # inference mode is without PyTorch's own
-        self._storages: dict[int, StorageWeakRef] = {}
-
-    def __call__(self, x: Tensor) -> int | Tensor:
-        place = self.place(x)
-        if place not in self._counts:
-            self._counts[place] = count_nonzero(x)
-        return self._counts[place]
-
-    def place(self, x: Tensor) -> tuple[int, Hashable]:
-        """What `x` shares with its views alone, and which of their elements it is, until an operator writes to them."""
-        storage = x.untyped_storage()
-        memory = storage._cdata
-        if memory not in self._storages:
-            self._storages[memory] = StorageWeakRef(storage)  # while this lives, the address is not used again
-        dimensions = tuple(sorted(zip(x.stride(), x.shape, strict=True)))
-        return memory, (self._versions[memory], x.dtype, x.storage_offset(), dimensions)
-
-    def changed(self, x: Tensor) -> None:
-        """An operator has written to `x`."""
-        self._versions[self.place(x)[0]] += 1
+        arguments = tuple(arguments.values())
+    return [x for part in arguments for x in tensors(part)] if isinstance(arguments, (tuple, list)) else []
 
 
 @dataclass
 class Row:
-    """What a layer's call reads, writes and computes, zeros included and without (`nonzero_...`), or sums of calls.
+    """What a layer's call reads, writes and computes, zeros included and without (`nonzero_...`); rows add up.
 
     On an accelerator, the counts are tensors until `finish`.
     """
@@ -92,25 +57,11 @@ class Row:
         vars(self)[what] += x.numel()
         vars(self)[f"nonzero_{what}"] += nonzero
 
-    def add(self, other: "Row") -> None:
-        for number in NUMBERS:
-            vars(self)[number] += vars(other)[number]
-
-    def totals(self, batches: int, images: int) -> Totals:
-        """What `eatlib.hardware` prices."""
-        accesses = self.inputs + self.outputs + self.parameters
-        nonzero = self.nonzero_inputs + self.nonzero_outputs + self.nonzero_parameters
-        return Totals(batches, images, accesses, nonzero, self.operations, self.effective_operations)
+    def __add__(self, other: "Row") -> "Row":
+        return Row(self.name, self.kind, *(vars(self)[number] + vars(other)[number] for number in NUMBERS))
 
 
 NUMBERS = [number.name for number in fields(Row)[2:]]
-
-
-def sum_rows(rows: Iterable[Row]) -> Row:
-    whole = Row("all", "")
-    for row in rows:
-        whole.add(row)
-    return whole
 
 
 def finish(rows: list[Row]) -> None:

@@ -13,51 +13,40 @@ written, read and written again by batch norm and ReLU. Functional calls are not
 """
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from eatlib.energy.count import NonZeros, Row, count_nonzero, finish, sum_rows, tensors
-from eatlib.energy.trace import evaluating, trace
-from eatlib.hardware import Hardware, Totals, energy_ratio, find_hardware
+from eatlib.energy.count import Row, count_nonzero, tensors
 
 _NO_OPERATIONS = (nn.ReLU, nn.ReLU6, nn.Dropout, nn.Dropout2d, nn.Flatten, nn.LayerNorm, nn.Identity)
 
 
-class PublishedPass:
-    """One forward pass: a row for each call, and the names of what ran but is not in these numbers."""
+def charge_layer(row: Row, module: nn.Module, inputs: Any, output: Any, count: Callable[[Tensor], Any]) -> bool:
+    """Fill in the row of a leaf module's call, and say whether the simulator knows the module's operations."""
+    for x in tensors(output):
+        row.charge("outputs", x, count(x))
+    activation = hasattr(module, "inplace") and type(module).__module__ == "torch.nn.modules.activation"
+    for x in tensors(output if activation else inputs):
+        row.charge("inputs", x, count(x))
+    for x in _parameters(module):
+        # In training, batch norm's operator changes its statistics without saying so: they are counted anew.
+        row.charge("parameters", x, count(x) if isinstance(x, nn.Parameter) else count_nonzero(x))
+    operations = _operations(module, row)
+    row.operations = operations or 0
+    return operations is not None
 
-    def __init__(self, counter: NonZeros) -> None:
-        self.rows: list[Row] = []
-        self.uncounted: dict[str, None] = {}
-        self._counter = counter
 
-    def layer(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        row, count = Row(name, type(module).__name__), self._counter
-        for x in tensors(output):
-            row.charge("outputs", x, count(x))
-        activation = hasattr(module, "inplace") and type(module).__module__ == "torch.nn.modules.activation"
-        for x in tensors(output if activation else inputs):
-            row.charge("inputs", x, count(x))
-        for x in _parameters(module):
-            # In training, batch norm's operator changes its statistics without saying so: they are counted anew.
-            row.charge("parameters", x, count(x) if isinstance(x, nn.Parameter) else count_nonzero(x))
-        operations = _operations(module, row)
-        if operations is None:
-            self.uncounted[f"{name}: operations of {row.kind}"] = None
-        row.operations = operations or 0
-        self.rows.append(row)
-
-    def skip_operations(self) -> None:
-        """Fill in the effective operations; the rows must be finished."""
-        whole = sum_rows(self.rows)
-        share = Fraction(whole.nonzero_inputs, whole.inputs or 1)
-        if whole.parameters:
-            share *= Fraction(whole.nonzero_parameters, whole.parameters)
-        for row in self.rows:
-            row.effective_operations = float(row.operations * share)
+def skip_operations(rows: list[Row]) -> None:
+    """Fill in the effective operations of a pass whose rows are finished."""
+    whole = sum(rows, Row("all", ""))
+    share = Fraction(whole.nonzero_inputs, whole.inputs or 1)
+    if whole.parameters:
+        share *= Fraction(whole.nonzero_parameters, whole.parameters)
+    for row in rows:
+        row.effective_operations = float(row.operations * share)
 
 
 def _parameters(module: nn.Module) -> list[Tensor]:
@@ -86,23 +75,3 @@ def _operations(module: nn.Module, row: Row) -> int | None:
         case nn.AdaptiveAvgPool2d():
             return row.inputs
     return 0 if isinstance(module, _NO_OPERATIONS) else None
-
-
-def silent_ratio(network: nn.Module, image_size: int, batch_size: int, hardware: str | Hardware) -> float:
-    """The energy ratio of one of the paper's networks if no ReLU ever fired: the floor of this accounting.
-
-    Convolution and batch-norm outputs are taken as dense. A network that lost whole layers can be below.
-    """
-    seen = PublishedPass(NonZeros())
-    with evaluating(network), trace(network, on_layer=seen.layer), torch.no_grad():
-        network(torch.zeros(1, 3, image_size, image_size, device=next(network.parameters()).device))
-    finish(seen.rows)
-    whole, first = sum_rows(seen.rows), next(row for row in seen.rows if row.kind == "Conv2d")
-    read = sum(row.inputs for row in seen.rows if row.kind == "BatchNorm2d" or row is first)
-    written = sum(row.outputs for row in seen.rows if row.kind in ("Conv2d", "BatchNorm2d", "Linear"))
-    accesses = batch_size * (whole.inputs + whole.outputs) + whole.parameters
-    left = batch_size * (read + written) + whole.nonzero_parameters
-    operations = batch_size * whole.operations
-    share = read / whole.inputs * whole.nonzero_parameters / whole.parameters
-    batch = Totals(1, batch_size, accesses, left, operations, operations * share)
-    return energy_ratio([batch], "published", find_hardware(hardware))

@@ -2,19 +2,14 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from copy import deepcopy
-from dataclasses import astuple, dataclass, field
-from operator import add
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from eatlib.energy.count import NUMBERS, NonZeros, Row, finish, sum_rows, tensors
-from eatlib.energy.fused import FusedPass, describe, kind_of
-from eatlib.energy.published import PublishedPass
-from eatlib.energy.trace import Operator, evaluating, trace
+from eatlib.energy.count import NUMBERS, Row, tensors
+from eatlib.energy.fused import ForwardPass
+from eatlib.energy.trace import trace
 from eatlib.hardware import (
     ACCOUNTINGS,
     Accounting,
@@ -23,7 +18,6 @@ from eatlib.hardware import (
     Totals,
     energy_ratio,
     find_hardware,
-    joules,
     joules_per_image,
 )
 
@@ -33,72 +27,34 @@ if TYPE_CHECKING:
     import pandas as pd  # a slow import that a training run does without
 
 
-@dataclass
 class EnergyReport:
     """Energy of the forward passes that a meter saw, in one accounting; prints as a table.
 
     Attributes:
         accounting, hardware: what is charged, and at which prices.
+        batches: the counts of all batches of one size each, which `eatlib.hardware` prices for any hardware.
         uncounted: what ran but is not in these numbers, by name. Element-wise work is never charged for its operations;
             `published` misses the memory accesses of what it lists.
+        images: of all batches; `batch_sizes`: how many batches there were of each size; weights are read once a batch.
+        ratio: energy with zero-skipping over energy without it, as `eatlib.hardware.energy_ratio` says.
+        joules_per_image: with zero-skipping; `dense_joules_per_image` without it; `ideal_joules_per_image` with it and
+            with ideal reuse: the weights are in place and no batch has to read them.
+        totals: sums of the columns of `layers` with the same names, rounded.
     """
 
-    accounting: Accounting
-    hardware: Hardware
-    uncounted: list[str] = field(default_factory=list)
-    _rows: dict[str, Row] = field(default_factory=dict, repr=False)
-    _batches: dict[tuple[int, ...], Totals] = field(default_factory=dict, repr=False)
-
-    def add(self, rows: list[Row], images: int, uncounted: Iterable[str]) -> None:
-        """Add a batch."""
-        batch = sum_rows(rows).totals(1, images)
-        size = images, batch.accesses, batch.operations
-        before = self._batches.get(size, Totals(0, 0, 0, 0, 0, 0.0))
-        self._batches[size] = Totals(*map(add, astuple(before), astuple(batch)))
-        for row in rows:
-            self._rows.setdefault(row.name, Row(row.name, row.kind)).add(row)
-        self.uncounted = list(dict.fromkeys([*self.uncounted, *uncounted]))
-
-    @property
-    def batches(self) -> list[Totals]:
-        """The counts of all batches of one size each, which `eatlib.hardware` prices for any hardware."""
-        return list(self._batches.values())
-
-    @property
-    def images(self) -> int:
-        return sum(totals.images for totals in self.batches)
-
-    @property
-    def batch_sizes(self) -> dict[int, int]:
-        """How many batches there were of each size; weights are read once a batch."""
-        return {totals.images // totals.batches: totals.batches for totals in self.batches}
-
-    @property
-    def ratio(self) -> float:
-        """Energy with zero-skipping over energy without it, as `eatlib.hardware.energy_ratio` says."""
-        return energy_ratio(self.batches, self.accounting, self.hardware)
-
-    @property
-    def joules_per_image(self) -> float:
-        """With zero-skipping."""
-        return joules_per_image(self.batches, self.hardware)
-
-    @property
-    def dense_joules_per_image(self) -> float:
-        """Without zero-skipping."""
-        return joules_per_image(self.batches, self.hardware, dense=True)
-
-    @property
-    def ideal_joules_per_image(self) -> float:
-        """With zero-skipping and ideal reuse: the weights are in place and no batch has to read them."""
-        reads = self.totals["nonzero_parameters"] / self.images
-        return self.joules_per_image - 1e-12 * self.hardware.memory_pj * reads
-
-    @property
-    def totals(self) -> dict[str, int]:
-        """Sums of the columns of `layers` with the same names, rounded."""
-        whole = sum_rows(self._rows.values())
-        return {number: round(getattr(whole, number)) for number in NUMBERS}
+    def __init__(
+        self, accounting: Accounting, hardware: Hardware, batches: list[Totals], rows: list[Row], uncounted: list[str]
+    ) -> None:
+        self.accounting, self.hardware, self.batches, self.uncounted = accounting, hardware, batches, uncounted
+        self.images = sum(totals.images for totals in batches)
+        self.batch_sizes = {totals.images // totals.batches: totals.batches for totals in batches}
+        self.ratio = energy_ratio(batches, accounting, hardware)
+        self.joules_per_image = joules_per_image(batches, hardware)
+        self.dense_joules_per_image = joules_per_image(batches, hardware, dense=True)
+        whole = sum(rows, Row("all", ""))
+        self.totals = {number: round(getattr(whole, number)) for number in NUMBERS}
+        self.ideal_joules_per_image = self.joules_per_image - hardware.joules(whole.nonzero_parameters / self.images, 0)
+        self._rows = rows
 
     @property
     def layers(self) -> "pd.DataFrame":
@@ -109,21 +65,23 @@ class EnergyReport:
         """
         import pandas as pd
 
-        table = pd.DataFrame(self._rows.values())
+        table = pd.DataFrame(self._rows)
         table.insert(6, "firing", table["nonzero_outputs"] / table["outputs"])
-        totals = [[row.totals(len(self.batches), self.images)] for row in self._rows.values()]
-        table["joules_per_image"] = [joules_per_image(row, self.hardware) for row in totals]
-        table["dense_joules_per_image"] = [joules_per_image(row, self.hardware, dense=True) for row in totals]
+        accesses = table["inputs"] + table["outputs"] + table["parameters"]
+        nonzero = table["nonzero_inputs"] + table["nonzero_outputs"] + table["nonzero_parameters"]
+        table["joules_per_image"] = self.hardware.joules(nonzero, table["effective_operations"]) / self.images
+        table["dense_joules_per_image"] = self.hardware.joules(accesses, table["operations"]) / self.images
         table["share"] = table["joules_per_image"] / (self.joules_per_image or 1)
         return table
 
     def __str__(self) -> str:
         columns = ["name", "kind", "firing", "operations", "effective_operations", "joules_per_image", "share"]
         sizes = ", ".join(f"{batches} x {size}" for size, batches in self.batch_sizes.items())
+        table = self.layers[columns].to_string(index=False, na_rep="-", float_format="{:.3g}".format)
         return (
-            f"energy ratio {self.ratio:.4f} ({self.accounting}, {self.hardware.name}), {self.joules_per_image:.3g} J an "
-            f"image with zero-skipping, {self.dense_joules_per_image:.3g} J without\n{self.images} images in batches of "
-            f"{sizes}\n{self.layers[columns].to_string(index=False, na_rep='-', float_format='{:.3g}'.format)}\n"
+            f"energy ratio {self.ratio:.4f} ({self.accounting}, {self.hardware.name}), "
+            f"{self.joules_per_image:.3g} J an image with zero-skipping, {self.dense_joules_per_image:.3g} J without\n"
+            f"{self.images} images in batches of {sizes}\n{table}\n"
             f"not counted: {'; '.join(self.uncounted) or 'nothing'}"
         )
 
@@ -140,49 +98,53 @@ class EnergyMeter:
         exact_macs: count effective MACs (`fused`) from the places of the zeros, not from each layer's shares of zeros.
 
     Raises:
-        EnergyError: unknown hardware; a model without parameters, with lazy ones, or compiled. From a forward pass: no
-            batch, an empty one or one without a batch dimension; NaN in the input or output.
+        EnergyError: unknown hardware; a model without parameters, or compiled. From a forward pass: no batch, an empty
+            one or one without a batch dimension; NaN in the input or output.
     """
 
     def __init__(self, model: nn.Module, *, hardware: str | Hardware = DEFAULT, exact_macs: bool = False) -> None:
-        _check_model(model)
+        if not list(model.parameters()):
+            raise EnergyError(f"{type(model).__name__} has no parameters: there are no weights that cost energy")
+        for module in model.modules():
+            compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+            if compiled or isinstance(module, torch.jit.ScriptModule):
+                raise EnergyError("the model is compiled, which hides its operators: measure what it was made from")
         self.hardware = find_hardware(hardware)
         self._model, self._exact_macs = model, exact_macs
-        self._reports = {accounting: EnergyReport(accounting, self.hardware) for accounting in ACCOUNTINGS}
+        # By accounting: the counts of all batches of one size each; the rows by name; the names of what is not counted.
+        self._sums: dict[Accounting, tuple[dict[tuple[int, ...], Totals], dict[str, Row], dict[str, None]]]
+        self._sums = {accounting: ({}, {}, {}) for accounting in ACCOUNTINGS}
 
     def __enter__(self) -> "EnergyMeter":
-        self._trace = trace(self._model, self._layer, self._operator, self._start, self._end)
+        self._trace = trace(self._model, self._start, self._end)
         self._trace.__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._trace.__exit__(*exception)
 
-    def _start(self, arguments: Any) -> None:
+    def _start(self, arguments: Any) -> ForwardPass:
         inputs = tensors(arguments)
-        _check_inputs(inputs)
-        self._images = len(inputs[0])
-        counter = NonZeros()
-        self._published, self._fused = PublishedPass(counter), FusedPass(inputs, counter, self._exact_macs)
-
-    def _layer(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._published.layer(name, module, inputs, output)
-        self._fused.layer(name, output)
-
-    def _operator(self, call: Operator) -> Any:
-        operands = self._fused.operands(call)
-        if operands and not call.in_leaf and kind_of(call.function) != "move":
-            self._published.uncounted[describe(call)] = None
-        return self._fused.operator(call, operands)
+        if not inputs or inputs[0].dim() < 2 or len(inputs[0]) == 0:
+            shape = f"a tensor of shape {tuple(inputs[0].shape)}" if inputs else "no tensor"
+            raise EnergyError(f"the model was called with {shape}: must be a batch, (N, ...) with N at least 1")
+        _check_numbers(inputs, "input", "clean the images")
+        self._images, self._pass = len(inputs[0]), ForwardPass(inputs, self._exact_macs)
+        return self._pass
 
     def _end(self, output: Any) -> None:
-        self._fused.end(output)
-        if _any_nan(tensors(output)):
-            raise EnergyError("the model's output holds NaN, whose energy means nothing: look at its weights")
-        finish(self._published.rows + self._fused.rows)
-        self._published.skip_operations()
-        self._reports["published"].add(self._published.rows, self._images, self._published.uncounted)
-        self._reports["fused"].add(self._fused.rows, self._images, self._fused.uncounted)
+        _check_numbers(tensors(output), "output", "look at its weights")
+        self._pass.end(output)
+        for accounting, (batches, rows, uncounted) in self._sums.items():
+            for row in self._pass.rows[accounting]:
+                rows[row.name] = rows[row.name] + row if row.name in rows else row
+            uncounted |= self._pass.uncounted[accounting]
+            whole = sum(self._pass.rows[accounting], Row("all", ""))
+            accesses = whole.inputs + whole.outputs + whole.parameters
+            nonzero = whole.nonzero_inputs + whole.nonzero_outputs + whole.nonzero_parameters
+            batch = Totals(1, self._images, accesses, nonzero, whole.operations, whole.effective_operations)
+            size = self._images, accesses, whole.operations
+            batches[size] = batches[size] + batch if size in batches else batch
 
     def report(self, accounting: Accounting = "published") -> EnergyReport:
         """The energy of all batches so far.
@@ -192,17 +154,17 @@ class EnergyMeter:
         """
         if accounting not in ACCOUNTINGS:
             raise EnergyError(f"accounting = {accounting!r}: must be one of {', '.join(ACCOUNTINGS)}")
-        report = self._reports[accounting]
-        if not report.batches:
+        batches, rows, uncounted = self._sums[accounting]
+        if not batches:
             raise EnergyError("no batch was measured: run the model within the meter, on one batch at least")
-        if not report.totals["inputs"]:
-            seen = ", ".join(report.uncounted) or "nothing that computes"
+        if not any(row.inputs for row in rows.values()):
+            seen = ", ".join(uncounted) or "nothing that computes"
             raise EnergyError(f"the {accounting} accounting saw no layer that multiplies, only {seen}")
-        return deepcopy(report)
+        return EnergyReport(accounting, self.hardware, list(batches.values()), list(rows.values()), list(uncounted))
 
     def firing(self) -> list[tuple[str, str, float]]:
         """(name, kind, share of outputs that are not zero) of each leaf module call, in the order of the calls."""
-        rows = self._reports["published"]._rows.values()
+        rows = self._sums["published"][1].values()
         return [(row.name, row.kind, row.nonzero_outputs / row.outputs) for row in rows if row.outputs]
 
 
@@ -219,17 +181,25 @@ def energy_report(
     Raises:
         EnergyError: as `EnergyMeter`; unknown accounting; no batches, or batches of another kind.
     """
+    return _measure(model, batches, **options).report(accounting)
+
+
+def _measure(model: nn.Module, batches: Iterable[Any], **options: Any) -> EnergyMeter:
     if isinstance(batches, Tensor):
         raise EnergyError(f"batches is one tensor {tuple(batches.shape)}: give a list of batches, [images]")
-    meter = EnergyMeter(model, **options)
-    with evaluating(model), meter, torch.no_grad():
-        for batch in batches:
-            images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-            if not isinstance(images, Tensor):
-                kind = type(batch).__name__
-                raise EnergyError(f"a batch is a {kind}: must be a tensor of images or an (images, labels) pair")
-            model(images.to(next(model.parameters()).device))
-    return meter.report(accounting)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with EnergyMeter(model.eval(), **options) as meter, torch.no_grad():
+            for batch in batches:
+                images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+                if not isinstance(images, Tensor):
+                    kind = type(batch).__name__
+                    raise EnergyError(f"a batch is a {kind}: must be a tensor of images or an (images, labels) pair")
+                model(images.to(next(model.parameters()).device))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return meter
 
 
 def activation_cost(model: nn.Module, images: Tensor, hardware: str | Hardware = DEFAULT) -> dict[str, float]:
@@ -246,39 +216,32 @@ def activation_cost(model: nn.Module, images: Tensor, hardware: str | Hardware =
     Returns:
         By leaf module call, as in `EnergyMeter.firing`: joules per non-zero element / dense joules of the batch.
     """
-    meter = EnergyMeter(model, hardware=hardware)
-    with evaluating(model), meter, torch.no_grad():
-        model(images)
+    meter = _measure(model, [images], hardware=hardware)
     cost: Counter[str] = Counter()
-    for layers, accesses, macs in meter._fused.uses:
-        used = joules(Totals(1, len(images), accesses, accesses, macs, macs), meter.hardware)
-        cost.update(dict.fromkeys(layers, used))
-    dense = joules(*meter.report("fused").batches, meter.hardware, dense=True)
-    return {row.name: cost[row.name] / row.outputs / dense for row in meter._published.rows if row.outputs}
+    for layers, accesses, macs in meter._pass.uses:
+        cost.update(dict.fromkeys(layers, meter.hardware.joules(accesses, macs)))
+    dense = meter.report("fused").batches[0].joules(meter.hardware, dense=True)
+    return {row.name: cost[row.name] / row.outputs / dense for row in meter._pass.rows["published"] if row.outputs}
 
 
-def _check_model(model: nn.Module) -> None:
-    """Refuse a model without weights to charge, or one that hides its operators."""
-    if not list(model.parameters()):
-        raise EnergyError(f"{type(model).__name__} has no parameters: there are no weights whose energy could count")
-    if any(map(is_lazy, model.parameters())):
-        raise EnergyError("the model has lazy parameters: run the model on one batch before it is measured")
-    for module in model.modules():
-        compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-        if compiled or isinstance(module, torch.jit.ScriptModule):
-            raise EnergyError("the model is compiled, which hides its operators: measure what it was made from")
+def silent_ratio(network: nn.Module, image_size: int, batch_size: int, hardware: str | Hardware) -> float:
+    """The energy ratio of one of the paper's networks if no ReLU ever fired: the floor of this accounting.
+
+    Convolution and batch-norm outputs are taken as dense. A network that lost whole layers can be below.
+    """
+    meter = _measure(network, [torch.zeros(1, 3, image_size, image_size)], hardware=hardware)
+    rows = meter._pass.rows["published"]
+    whole, first = sum(rows, Row("all", "")), next(row for row in rows if row.kind == "Conv2d")
+    read = sum(row.inputs for row in rows if row.kind == "BatchNorm2d" or row is first)
+    written = sum(row.outputs for row in rows if row.kind in ("Conv2d", "BatchNorm2d", "Linear"))
+    accesses = batch_size * (whole.inputs + whole.outputs) + whole.parameters
+    left = batch_size * (read + written) + whole.nonzero_parameters
+    operations = batch_size * whole.operations
+    share = read / whole.inputs * whole.nonzero_parameters / whole.parameters
+    batch = Totals(1, batch_size, accesses, left, operations, operations * share)
+    return energy_ratio([batch], "published", meter.hardware)
 
 
-def _check_inputs(inputs: list[Tensor]) -> None:
-    if not inputs or inputs[0].dim() < 2 or len(inputs[0]) == 0:
-        shape = f"a tensor of shape {tuple(inputs[0].shape)}" if inputs else "no tensor"
-        raise EnergyError(
-            f"the model was called with {shape}: the first dimension must be the batch, (N, ...), and N at least 1; "
-            "use images[None] for a single image"
-        )
-    if _any_nan(inputs):
-        raise EnergyError("the model's input holds NaN, whose energy means nothing: clean the images")
-
-
-def _any_nan(found: list[Tensor]) -> bool:
-    return any(x.is_floating_point() and bool(x.isnan().any()) for x in found)
+def _check_numbers(found: list[Tensor], what: str, advice: str) -> None:
+    if any(x.is_floating_point() and x.isnan().any() for x in found):
+        raise EnergyError(f"the model's {what} holds NaN, whose energy means nothing: {advice}")

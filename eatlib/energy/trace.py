@@ -25,36 +25,24 @@ class Operator(NamedTuple):
 
 
 @contextmanager
-def trace(
-    model: nn.Module,
-    on_layer: Callable[[str, nn.Module, Any, Any], None],
-    on_operator: Callable[[Operator], Any] = Operator.run,
-    on_start: Callable[[Any], None] = lambda arguments: None,
-    on_end: Callable[[Any], None] = lambda output: None,
-) -> Iterator[None]:
+def trace(model: nn.Module, on_start: Callable[[Any], Any], on_end: Callable[[Any], None]) -> Iterator[None]:
     """Report the model's forward passes; what the callbacks compute themselves is not reported.
 
     Args:
-        on_layer: called after each call of a leaf module with its dotted path (`path#2` for the second call in a pass),
-            the module, its inputs as they are *after* the call, and its output.
-        on_operator: called in place of each operator; runs it and returns its output. Functional calls (`F.relu`,
-            `x += y`) reach no hook, but they are operators like any other.
-        on_start, on_end: called with the arguments of a pass, and with what it returned. A pass that raises has no end.
+        on_start: called with the arguments of a pass; returns an object that watches it. Its `layer` is called after
+            each call of a leaf module with its dotted path (`path#2` for the second call in a pass), the module, its
+            inputs as they are *after* the call, and its output. Its `operator` is called in place of each operator;
+            it runs it and returns its output. Functional calls (`F.relu`, `x += y`) reach no hook, but they are
+            operators like any other.
+        on_end: called with what the model returned; not if the pass raises.
     """
     paths = {module: path for path, module in model.named_modules()}
     running: list[tuple[str, str, bool]] = []  # from the model inwards
     calls: Counter[str] = Counter()
-    quiet = False
-
-    def quietly(callback: Callable[..., None], *arguments: Any) -> None:
-        nonlocal quiet
-        quiet = True
-        try:
-            callback(*arguments)
-        finally:
-            quiet = False
+    watcher: Any = None
 
     def enter(module: nn.Module, arguments: Any, keywords: Any) -> None:
+        nonlocal watcher
         if module is model:
             running.clear()
             calls.clear()
@@ -63,16 +51,18 @@ def trace(
         calls[name] += 1
         running.append((f"{name}#{calls[name]}" if leaf and calls[name] > 1 else name, kind, leaf))
         if module is model:
-            quietly(on_start, (arguments, keywords))
+            with torch._C._DisableTorchDispatch():
+                watcher = on_start((arguments, keywords))
 
     def leave(module: nn.Module, inputs: Any, output: Any) -> None:
         name, _, leaf = running.pop()
         if output is None:  # it raised
             return
-        if leaf:
-            quietly(on_layer, name, module, inputs, output)
-        if module is model:
-            quietly(on_end, output)
+        with torch._C._DisableTorchDispatch():
+            if leaf:
+                watcher.layer(name, module, inputs, output)
+            if module is model:
+                on_end(output)
 
     class Operators(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
@@ -81,9 +71,9 @@ def trace(
                 # Inference mode hands over conv2d and linear as they are; elsewhere PyTorch takes them apart first.
                 with self:
                     return function.decompose(*arguments, **keywords)
-            if quiet or not running:
+            if not running:
                 return function(*arguments, **keywords)
-            return on_operator(Operator(*running[-1], function, arguments, keywords))
+            return watcher.operator(Operator(*running[-1], function, arguments, keywords))
 
     with ExitStack() as stack:
         for module in paths:
@@ -91,15 +81,3 @@ def trace(
             stack.enter_context(module.register_forward_hook(leave, always_call=True))
         stack.enter_context(Operators())
         yield
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and each module's own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
