@@ -246,35 +246,6 @@ class StudyResults:
             problems=problems,
         )
 
-    def scale(self) -> list[str]:
-        """For each data set and network, in a line: which images, whether all of them, what width, how long."""
-        lines: dict[str, None] = {}
-        for config, data in ((result.config, result.data) for result in self.runs.values()):
-            source = f"a PARTIAL data set of {data.source_train:,} + {data.source_test:,} images"
-            lines[
-                f"{config.model}{'' if config.width == 1 else f' at {config.width:g} of its width'}, "
-                f"{config.epochs} epochs on {data.name}: {data.train:,} training, {data.validation:,} validation and "
-                f"{data.test:,} test images of {data.image_size}x{data.image_size} pixels, "
-                f"from {'the complete data set' if data.complete else source}"
-            ] = None
-        return list(lines)
-
-    def code(self) -> str:
-        """Which code the results were made by, in a sentence; several are never mixed silently."""
-        origins = [result.provenance for result in self.runs.values()]
-        if len({origin.code for origin in origins}) > 1:
-            return "MIXED: the runs were made by different versions of the code."
-        commits = {
-            (origin.git_commit or "outside git")[:11] + ("" if origin.git_clean else " with uncommitted changes")
-            for origin in origins
-        }
-        return f"All runs were made by the same code (commit {', '.join(sorted(commits))})."
-
-    def digest(self) -> str:
-        """SHA-256 over the results, by which a figure can be told to be of them."""
-        text = "".join(result.model_dump_json() for result in self.runs.values())
-        return hashlib.sha256(text.encode()).hexdigest()
-
     def table(self, hardware: str | Hardware | None = None) -> "pd.DataFrame":
         """One row a run: its file name, its configuration, and accuracies and energies as `<split>_<quantity>`.
 

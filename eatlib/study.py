@@ -80,17 +80,25 @@ def local_gpus() -> list[str]:
     return [gpu for gpu in map(str.strip, listed.split(",")) if re.fullmatch(r"\d+|(GPU|MIG)-.+", gpu)]
 
 
-def end_with_parent() -> None:
-    """End this process and those that it started when its parent is gone, also if it is already, or on SIGTERM."""
+def end_descendants() -> None:
+    """End all processes that this one has started, and those that they have."""
     import psutil
 
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+
+
+def end_with_parent() -> None:
+    """End this process and those that it started when its parent is gone, also if it is already, or on SIGTERM."""
     parent = int(os.environ.get(PARENT, os.getppid()))
     os.environ[PARENT] = str(os.getpid())
 
     def end(*_: object) -> None:
-        for child in psutil.Process().children(recursive=True):
-            child.kill()
-        os._exit(128 + signal.SIGTERM)
+        try:
+            end_descendants()
+        finally:
+            os._exit(128 + signal.SIGTERM)
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -273,7 +281,7 @@ def run_engine(folder: Path, names: list[str], options: list[str]) -> int:
     if "--profile" not in options:
         memory = psutil.virtual_memory().available >> 20
         command += ["--resources", f"mem_mb={memory}", f"gpu={len(local_gpus())}"]
-    command += ["--config", f"folder={folder}", *options]
+    command += [*options, "--config", f"folder={folder}"]
     todo = [name for name in names if not (folder / f"{name}.json").exists()]
     with (
         (folder / "log" / "snakemake.log").open("w") as log,
@@ -285,8 +293,11 @@ def run_engine(folder: Path, names: list[str], options: list[str]) -> int:
                 time.sleep(0.2)
                 _show(folder, todo, bar)
         finally:
-            for child in psutil.Process().children(recursive=True):
-                child.kill()
+            if engine.poll() is None and "--profile" in options:  # it has jobs elsewhere to cancel
+                engine.send_signal(signal.SIGINT)
+                with suppress(subprocess.TimeoutExpired):
+                    engine.wait(timeout=30)
+            end_descendants()
             _show(folder, todo, bar)
     return engine.returncode
 
@@ -320,11 +331,11 @@ def failures(folder: Path, names: list[str]) -> list[str]:
     return texts
 
 
-def run(arguments: argparse.Namespace, options: list[str]) -> int:
+def run(name: str, arguments: argparse.Namespace, options: list[str]) -> int:
     """Check everything, have the engine do what is missing, and show the table."""
     changes = _changes(arguments.set) | ({"download": True} if arguments.download else {})
     try:
-        study = open_study(arguments.study).override(changes)
+        study = open_study(name).override(changes)
     except ConfigError as error:
         raise StudyError(str(error)) from None
     folder = arguments.results.resolve() / study.name
@@ -368,15 +379,15 @@ def main() -> int:
         end_with_parent()
         return steps[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])
     os.environ[PARENT] = str(os.getpid())
+    named = sys.argv[1:2] and not sys.argv[1].startswith("-")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # ./run_all.sh --help has the texts
-    parser.add_argument("study", nargs="?", default="quick")
     parser.add_argument("--set", nargs="+", action="extend", default=[])
     parser.add_argument("-n", "--dry-run", action="store_true")
     parser.add_argument("--download", action="store_true")
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
-        return run(*parser.parse_known_args())
+        return run(sys.argv[1] if named else "quick", *parser.parse_known_args(sys.argv[1 + bool(named) :]))
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -8,11 +8,8 @@ import torch
 from test_energy import PJ, Modular, images, measure, tiny
 from torch import Tensor, nn
 
-from eatlib.energy import (
-    HARDWARE,
-    EnergyMeter,
-    activation_cost,
-)
+from eatlib.energy import HARDWARE, EnergyMeter, Hardware, activation_cost
+from eatlib.hardware import energy_ratio, joules_per_image
 from eatlib.models import build_model
 
 # --- sums over batches --------------------------------------------------------------------------------------------
@@ -33,6 +30,31 @@ def test_sums_are_the_same_for_any_split_but_for_the_weights(exact_macs: bool) -
     counts = [measure(model, *batches).totals for batches in ([x], [x[:4], x[4:6], x[6:]])]
     for key in ("inputs", "nonzero_inputs", "outputs", "nonzero_outputs", "operations"):
         assert counts[0][key] == counts[1][key]
+
+
+@pytest.mark.parametrize("accounting", ["published", "fused"])
+def test_any_prices_apply_to_the_totals_of_the_batches(accounting: str) -> None:
+    """As if the model had been measured at those prices; batches of one size share their totals."""
+    x, own = images(7, 3, 16, 16), Hardware("own", memory_pj=20.0, operation_pj=1.0, source="made up")
+    batches = (x[:3], x[3:6], x[6:])
+    measured = measure(tiny(), *batches, accounting=accounting)
+    repriced = measure(tiny(), *batches, accounting=accounting, hardware=own)
+    assert [(totals.batches, totals.images) for totals in measured.batches] == [(2, 6), (1, 1)]
+    assert measured.batches == repriced.batches
+    assert energy_ratio(measured.batches, accounting, own) == repriced.ratio != measured.ratio
+    assert joules_per_image(measured.batches, own) == repriced.joules_per_image
+    assert joules_per_image(measured.batches, own, dense=True) == repriced.dense_joules_per_image
+    sums = {what: sum(getattr(totals, what) for totals in measured.batches) for what in ("accesses", "operations")}
+    assert sums["accesses"] == sum(measured.totals[what] for what in ("inputs", "outputs", "parameters"))
+    assert sums["operations"] == measured.totals["operations"]
+
+
+def test_batches_of_one_number_of_images_may_differ_in_their_size() -> None:
+    """The published ratio stays the mean over the batches."""
+    sizes = [images(2, 3, side, side) for side in (16, 24, 24)]
+    report = measure(tiny(), *sizes)
+    assert report.batch_sizes == {2: 3}
+    assert report.ratio == pytest.approx(sum(measure(tiny(), x).ratio for x in sizes) / 3, rel=1e-12)
 
 
 def test_weights_changed_between_batches_are_counted_again() -> None:
@@ -208,6 +230,24 @@ def test_writes_into_part_of_a_tensor_are_seen() -> None:
     layers = measure(Halves(), images(4, 6), accounting="fused").layers.set_index("name")
     assert layers.loc["second", "inputs"] == 24
     assert layers.loc["second", "parameters"] == 14
+
+
+def test_a_layer_of_a_constant_is_counted_before_the_relu_changes_its_output() -> None:
+    """Torchvision's swin_v2 computes position biases from a buffer."""
+
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.relu, self.last = nn.Linear(3, 8), nn.ReLU(inplace=True), nn.Linear(8, 8)
+            self.register_buffer("table", torch.randn(5, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(x) + self.relu(self.first(self.table)).sum()
+
+    rows = measure(Biased(), images(2, 8)).layers.set_index("name")
+    assert rows.loc["first", "nonzero_outputs"] == 40
+    assert 0 < rows.loc["relu", "nonzero_outputs"] < 40
 
 
 def test_firing_is_the_share_of_nonzero_outputs() -> None:

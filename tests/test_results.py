@@ -114,13 +114,6 @@ def test_any_prices_apply_to_a_results_counts(make_result):
     assert found.table().equals(found.table("horowitz-45nm-float32"))
 
 
-def test_results_of_several_codes_are_called_mixed(make_result):
-    same, other = make_result(seed=0), make_result(seed=1)
-    assert study_results(same, same).code().startswith("All runs were made by the same code")
-    provenance = other.provenance.model_copy(update={"code": "1" * 12})
-    assert study_results(same, other.model_copy(update={"provenance": provenance})).code().startswith("MIXED")
-
-
 def test_git_state_is_of_this_repository():
     commit, clean = git_state()
     if not (Path(__file__).parent.parent / ".git").exists():

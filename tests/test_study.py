@@ -211,6 +211,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_result(tmp_path):
     [
         (["nope"], "study = 'nope': must be one of ablation, "),
         (["nope.yaml"], "study = 'nope.yaml'"),
+        (["-c", "1", "--set", "epochs=0"], "study quick@epochs=0"),
         (["quick", "--set", "epochs"], "--set 'epochs': must be FIELD=VALUE"),
         (["quick", "--set", "epochs=1", "epochs=2"], "--set 'epochs=2'"),
         (["quick", "--set", "epochs=["], "--set 'epochs=[': must be FIELD=VALUE"),

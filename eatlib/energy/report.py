@@ -47,7 +47,8 @@ class EnergyReport:
     ) -> None:
         self.accounting, self.hardware, self.batches, self.uncounted = accounting, hardware, batches, uncounted
         self.images = sum(totals.images for totals in batches)
-        self.batch_sizes = {totals.images // totals.batches: totals.batches for totals in batches}
+        sizes = [totals.images // totals.batches for totals in batches for _ in range(totals.batches)]
+        self.batch_sizes = dict(Counter(sizes))
         self.ratio = energy_ratio(batches, accounting, hardware)
         self.joules_per_image = joules_per_image(batches, hardware)
         self.dense_joules_per_image = joules_per_image(batches, hardware, dense=True)
