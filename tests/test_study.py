@@ -307,7 +307,7 @@ def test_runs_at_the_same_time_have_a_gpu_each(monkeypatch, tmp_path):
 
 STAND_INS = {
     "sbatch": """#!/bin/bash
-n=$(($(ls "$STANDIN" | wc -l) + 1)); printf '%s\\n' "$@" > "$STANDIN/$n"
+n=$$; printf '%s\\n' "$@" > "$STANDIN/$n"
 cd "${@:$(($(printf '%s\\n' "$@" | grep -nx -- -D | cut -d: -f1) + 1)):1}"
 last="${@: -1}"; SLURM_JOB_ID=$n bash -c "${last#--wrap=}" > /dev/null 2>&1; echo $n""",
     "srun": '#!/bin/bash\nwhile [[ $1 == -* ]]; do shift; done\nexec "$@"',
