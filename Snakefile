@@ -4,19 +4,21 @@ import os
 import sys
 from pathlib import Path
 
-from eatlib import study as studies
+from eatlib import steps
+from eatlib.config import Study
+from eatlib.study import open_study
 
 if "folder" in config:  # written by run_all.sh: a study file beside its results
     folder = config["folder"]
-    study = studies.Study.load(Path(folder, "study.yaml"))
+    study = Study.load(Path(folder, "study.yaml"))
 else:
-    study = studies.open_study(config.get("study", "quick"))
+    study = open_study(config.get("study", "quick"))
     folder = f"results/{study.name}"
-runs = studies.result_files(study, Path(folder))
+runs = steps.result_files(study, Path(folder))
 
-if os.environ.get(studies.PARENT) == str(os.getppid()):  # not in a job on another machine
-    studies.end_with_parent()
-os.environ[studies.PARENT] = str(os.getpid())
+if os.environ.get(steps.PARENT) == str(os.getppid()):  # not in a job on another machine
+    steps.end_with_parent()
+os.environ[steps.PARENT] = str(os.getpid())
 
 
 localrules: all, figures, study_file
@@ -43,7 +45,7 @@ rule figures:
     log:
         f"{folder}/log/figures.log",
     shell:
-        "exec {params.python:q} -m eatlib.study draw {folder:q} > {log:q} 2>&1"
+        "exec {params.python:q} -m eatlib.steps draw {folder:q} > {log:q} 2>&1"
 
 
 rule train:
@@ -60,9 +62,9 @@ rule train:
     threads: lambda wildcards: runs[wildcards.run].threads
     resources:
         mem_mb=2000,
-        gpu=lambda wildcards: int(runs[wildcards.run].device != "cpu" and bool(studies.local_gpus())),
+        gpu=lambda wildcards: int(runs[wildcards.run].device != "cpu" and bool(steps.local_gpus())),
     shell:
-        "exec {params.python:q} -m eatlib.study train {folder:q} {wildcards.run:q} > {log:q} 2>&1"
+        "exec {params.python:q} -m eatlib.steps train {folder:q} {wildcards.run:q} > {log:q} 2>&1"
 
 
 rule study_file:

@@ -11,7 +11,6 @@ usage: ./run_all.sh [STUDY] [OPTIONS]    run a study (default: quick): train wha
 STUDY is one of: $(for file in studies/*.yaml; do basename "$file" .yaml; done | tr '\n' ' ')
 or the path of a YAML file of your own.
   -n, --dry-run          show what would run, why, and how long it may take
-  --set FIELD=VALUE ..   set fields for all runs, as in epochs=10 seed=[0,1]; results are kept apart
   --download             fetch a data set that is not there
   --results DIR          where results go (default: results/)
   --help                 show this

@@ -92,7 +92,7 @@ def save_weights(model: ImageClassifier, config: RunConfig, classes: list[str], 
 
 
 def load(path: str | Path) -> tuple[ImageClassifier, RunConfig]:
-    """A trained network, in evaluation mode on the CPU, and its configuration.
+    """A trained network, in evaluation mode on the CPU, with its classes' names as `classes`, and its configuration.
 
     Args:
         path: of a result (JSON) with its weights beside it, or of the weights themselves (safetensors).
@@ -108,10 +108,11 @@ def load(path: str | Path) -> tuple[ImageClassifier, RunConfig]:
         with safetensors.safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             facts = {name: json.loads(text) for name, text in file.metadata().items()}
-            values, classes = facts["config"], len(facts["classes"])
+            values, classes = facts["config"], facts["classes"]
     except (safetensors.SafetensorError, AttributeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} holds no trained weights of eatlib ({error})") from None
     config = RunConfig.parse(values, where=str(path))
-    model = build_model(config.model, classes=classes, image_size=config.image_size, width=config.width)
+    model = build_model(config.model, classes=len(classes), image_size=config.image_size, width=config.width)
+    model.classes = classes
     model.load_state_dict(tensors)
     return model.eval(), config

@@ -10,7 +10,6 @@ import itertools
 import json
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,36 +17,11 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from eatlib.hardware import find_hardware
+from eatlib.sources import SOURCES
 
 CONFIG_VERSION = 2
 """Part of every configuration hash: raised when a field's meaning changes."""
 
-
-@dataclass(frozen=True)
-class DatasetFacts:
-    """What is known of a data set before it is there.
-
-    Attributes:
-        image_size: what `image_size: null` stands for, in pixels.
-        augmentation: what `augmentation: null` stands for. Flipping changes the class of a traffic sign or a digit.
-        train_images, test_images: numbers of the complete set, if it has one; a set without a test split has only
-            training images, of which a part is held out.
-    """
-
-    image_size: int
-    augmentation: str
-    train_images: int | None = None
-    test_images: int | None = None
-
-
-DATASETS = {
-    "digits": DatasetFacts(16, "none", 1_797),
-    "cifar10": DatasetFacts(32, "crop_flip", 50_000, 10_000),
-    "gtsrb": DatasetFacts(32, "crop", 39_209, 12_630),
-    "celeba": DatasetFacts(64, "crop_flip", 162_770, 19_962),
-    "folder": DatasetFacts(32, "crop_flip"),
-}
-"""Known data sets; `folder` stands for every `folder:/path`."""
 
 EXECUTION_FIELDS = frozenset({"data_dir", "download", "device", "save_weights"})
 """Where and how a run is executed. They do not say what is computed, so the hash leaves them out."""
@@ -135,8 +109,8 @@ class RunConfig(BaseModel):
     def _known_dataset(cls, value: str) -> str:
         if value.startswith("folder:/") and len(value) > len("folder:/"):
             return value
-        if value not in DATASETS or value == "folder":
-            allowed = ", ".join(name for name in DATASETS if name != "folder")
+        if value not in SOURCES or value == "folder":
+            allowed = ", ".join(name for name in SOURCES if name != "folder")
             raise ValueError(f"must be one of {allowed}, or folder:/path, from the root")
         return value
 
@@ -168,7 +142,7 @@ class RunConfig(BaseModel):
     def _fill_dataset_defaults(cls, values: Any) -> Any:
         """Write the data set's own image size and augmentation out, so that the hash covers them."""
         if isinstance(values, dict):
-            own = DATASETS.get(str(values.get("dataset", cls.model_fields["dataset"].default)).split(":")[0])
+            own = SOURCES.get(str(values.get("dataset", cls.model_fields["dataset"].default)).split(":")[0])
             for key in ("image_size", "augmentation"):
                 if own and values.get(key) is None:
                     values = values | {key: getattr(own, key)}
@@ -275,26 +249,6 @@ class Study(BaseModel):
                 runs.setdefault(run.hash, run)
         return _named(runs.values())
 
-    def override(self, changes: dict[str, Any]) -> "Study":
-        """The study with some fields set for all runs; a list is an axis.
-
-        If what is computed changes, the study has a name of its own, and so its results a folder.
-        """
-        axes = {key: value for key, value in changes.items() if isinstance(value, list)}
-        fixed = {key: value for key, value in changes.items() if key not in axes}
-        exact = ",".join(f"{key}={value}" for key, value in sorted(changes.items()) if key not in EXECUTION_FIELDS)
-
-        def without(values: dict[str, Any]) -> dict[str, Any]:
-            return {key: value for key, value in values.items() if key not in changes}
-
-        blocks = [Block(fixed=without(b.fixed), grid=without(b.grid) | axes) for b in self.blocks]
-        changed = self.model_copy(update={"fixed": without(self.fixed) | fixed, "blocks": blocks})
-        if exact:
-            named = {"name": f"{self.name}@{_slug(exact)}", "label": f"{self.label} Changed: {exact}."}
-            changed = changed.model_copy(update=named)
-        changed.runs()
-        return changed
-
     def to_yaml(self) -> str:
         """The study as the text of a study file."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
@@ -312,12 +266,6 @@ class _UniqueKeys(yaml.SafeLoader):
         return node
 
 
-def _slug(exact: str) -> str:
-    """`exact` as a part of a file name; what cannot stand in one is replaced, and told apart by a hash."""
-    text = re.sub(r"[^A-Za-z0-9._=,-]+", "-", exact)[:60].strip("-")
-    return text if text == exact else f"{text}-{hashlib.sha256(exact.encode()).hexdigest()[:8]}"
-
-
 def _named(runs: Collection[RunConfig]) -> dict[str, RunConfig]:
     """Runs by file name: data set, network, what differs among the runs of these two, lambda and seed."""
     seen: dict[tuple[str, str, str], set[str]] = {}
@@ -326,13 +274,12 @@ def _named(runs: Collection[RunConfig]) -> dict[str, RunConfig]:
             seen.setdefault((run.dataset, run.model, key), set()).add(str(value))
     named: dict[str, RunConfig] = {}
     for run in runs:
-        folder = run.dataset.startswith("folder:")
-        parts = [_slug(Path(run.dataset).name if folder else run.dataset), run.model]
+        parts = [Path(run.dataset).name, run.model]
         for key, value in run.computed().items():
             if key in ("lambda", "seed") or len(seen[run.dataset, run.model, key]) > 1:
                 text = f"{value:g}" if isinstance(value, float) else str(value)
-                parts.append(_slug(text if isinstance(value, str) else f"{key}{text}"))
-        name = "_".join(parts)
+                parts.append(text if isinstance(value, str) else f"{key}{text}")
+        name = "_".join(re.sub(r"[^A-Za-z0-9._=,-]+", "-", part)[:60].strip("-") for part in parts)
         named[name if name not in named else f"{name}_{run.hash}"] = run
     return named
 
@@ -341,14 +288,15 @@ def explain(error: ValidationError, where: str, known: list[str]) -> str:
     """Pydantic's findings as one readable line each."""
     lines = []
     for item in error.errors():
-        field = str(item["loc"][0]) if item["loc"] else ""
+        field = ".".join(str(part) for part in item["loc"] if "[" not in str(part))  # one of several types
         if item["type"] == "extra_forbidden":
             close = difflib.get_close_matches(field, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
             line = f"unknown field {field!r}; {hint}"
         else:
+            value = "" if item["type"] == "missing" else f" = {item['input']!r}"
             message = item["msg"].removeprefix("Value error, ")
-            line = f"{field} = {item['input']!r}: {message}" if field else message
+            line = f"{field}{value}: {message}" if field else message
         if line not in lines:
             lines.append(line)
     return f"{where}: " + "; ".join(lines)

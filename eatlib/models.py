@@ -123,7 +123,8 @@ class TorchvisionClassifier(ImageClassifier):
         from torchvision.models import get_model  # a slow import that the paper's networks do without
 
         super().__init__(mean, std)
-        self.network = get_model(name, weights=None, num_classes=classes)
+        options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+        self.network = get_model(name, weights=None, num_classes=classes, **options)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(self.normalize(images))
@@ -153,6 +154,17 @@ def build_model(
     if name == "vgg16":
         return VGG16(classes, image_size, width, mean, std)
     return TorchvisionClassifier(name, classes, mean, std)
+
+
+def with_relus(model: nn.Module) -> nn.Module:
+    """Swap the model's smooth activation functions, such as GELU, for ReLU, and return it.
+
+    It has to be fine-tuned: until then its accuracy can be as low as chance. Functional calls stay as they are.
+    """
+    for path, module in leaf_modules(model).items():
+        if isinstance(module, (nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.Hardswish)):
+            model.set_submodule(path, nn.ReLU())
+    return model
 
 
 def leaf_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -6,13 +6,15 @@ of a function of one's own, over a model's layers, as a term for the loss.
 
 import fnmatch
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
+from threading import get_ident
 from typing import Any, Literal, get_args
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from eatlib.models import count_parameters, leaf_modules
 
@@ -22,7 +24,10 @@ Penalty = Callable[[Tensor, float], Tensor]
 Normalization = Literal["layer_mean", "parameters", "energy"]
 
 ZERO_MAKERS = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.Hardshrink, nn.Softshrink)
-"""Activation functions that are exactly zero over a range of inputs; `layers="relu"` means these."""
+"""Activation functions that are exactly zero over a range of inputs; `layers="relu"` means these, and"""
+
+ZERO_FUNCTIONS = (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu6, F.hardswish, F.hardsigmoid)
+"""their functional forms."""
 
 
 # --- the penalties --------------------------------------------------------------------------------------------------
@@ -112,16 +117,20 @@ class ActivationPenalty:
     nothing were attached. A module that is called several times counts as several layers: path, path#2, ...
     `with ActivationPenalty(model) as penalty:` detaches at the end.
 
-    Works with in-place modules and additions, autocast, gradient accumulation, `torch.compile` (attach first, then
-    compile) and gradient checkpointing (`use_reentrant=False`). Copies of the model are not penalised.
+    Works with in-place modules and additions, autocast, gradient accumulation, and, for modules, `torch.compile`
+    (attach first, then compile) and gradient checkpointing (`use_reentrant=False`). Copies of the model, pickled ones
+    too, are not penalised.
+
+    Attributes:
+        layers: paths of the modules that are penalised; functional calls show in `values`.
 
     Args:
         penalty: "l0" (the paper's), "l1", "hoyer", "transformed_l1", or a function of one's own: `penalty(x, sigma)`
             gets a layer's output, in whatever type it has, and returns a scalar for autograd.
         sigma: softness of the penalty, above 0.
-        layers: "relu": the modules of `ZERO_MAKERS`; "all": every leaf module but dropout, as the authors' attack code;
-            or name patterns (fnmatch) of leaf modules, such as ["features.*"]. Functional calls such as `F.relu` are no
-            modules, and are not seen.
+        layers: "relu": the modules of `ZERO_MAKERS`, and what calls `ZERO_FUNCTIONS` itself, as layers F.relu,
+            F.relu#2, ...; "all": every leaf module but dropout, as the authors' attack code; or name patterns (fnmatch)
+            of leaf modules, such as ["features.*"].
         normalization: "layer_mean": the mean over a layer's elements, then over the layers (the authors' attack code);
             "parameters": the sum over all elements of a sample over the model's parameters, as the mean over the
             batch (the paper's text); "energy": each layer weighted by its entry in `costs`.
@@ -161,13 +170,16 @@ class ActivationPenalty:
         self._sigma, self._normalization, self._costs = sigma, normalization, costs
         self._parameters = count_parameters(model)
         self._terms: dict[str, Tensor] = {}
-        self._running = False
+        self._latest: dict[str, Tensor] = {}
+        self._running = self._in_layer = self._over = False
+        self._functions = _ZeroFunctions(self) if layers == "relu" else None
         leaves = leaf_modules(model)
         self._names = {leaves[name]: name for name in self.layers}
-        # Functions, not methods, which a copy of the model would copy with all that they belong to.
-        self._handles = [model.register_forward_pre_hook(lambda module, _: self._start(module))]
-        self._handles += [leaf.register_forward_hook(lambda leaf, _, x: self._add(leaf, x)) for leaf in self._names]
-        self._handles += [model.register_forward_hook(lambda module, *_: self._end(module))]
+        self._handles = [model.register_forward_pre_hook(_Hook(self._start))]
+        for leaf in self._names:
+            self._handles += [leaf.register_forward_pre_hook(_Hook(self._enter))]
+            self._handles += [leaf.register_forward_hook(_Hook(self._leave))]
+        self._handles += [model.register_forward_hook(_Hook(self._end), always_call=True)]
         _attached.add(model)
 
     def __call__(self) -> Tensor:
@@ -175,11 +187,28 @@ class ActivationPenalty:
 
         Raises:
             RuntimeError: there was none in training mode since the last call, or it did not end.
+            ValueError: nothing in the model makes zeros.
         """
-        if self._running or not self._terms:  # running: a pass that raised, or one that is not over
+        if not self._over:
             raise RuntimeError("no activations to penalise: call the model in training mode before each penalty()")
-        terms, self._terms = torch.stack(list(self._terms.values())), {}
+        self._over, self._latest, self._terms = False, self._terms, {}
+        if not self._latest:
+            raise ValueError(
+                "layers = 'relu': the model has nothing that makes zeros, such as nn.ReLU or, if it is not compiled, "
+                "F.relu. GELU, SiLU and the like make small values, not zeros, so that their penalty would save no "
+                "energy: eatlib.models.with_relus swaps them, for fine-tuning"
+            )
+        terms = torch.stack([*self._latest.values()])
         return terms.mean() if self._normalization == "layer_mean" else terms.sum()
+
+    def values(self) -> dict[str, float]:
+        """The latest penalty's term of each layer call; it is the mean (`layer_mean`) or the sum of these."""
+        return {label: term.item() for label, term in self._latest.items()}
+
+    def __repr__(self) -> str:
+        penalty, model = getattr(self._penalty, "__name__", self._penalty), type(self._model).__name__
+        facts = f"sigma={self._sigma:g}, normalization={self._normalization!r}"
+        return f"ActivationPenalty({penalty} of {len(self.layers)} modules of {model}, {facts})"
 
     def detach(self) -> None:
         """Leave the model as it was; a second call does nothing."""
@@ -194,26 +223,43 @@ class ActivationPenalty:
     def __exit__(self, *_: object) -> None:
         self.detach()
 
-    def _start(self, module: nn.Module) -> None:
-        if module is self._model:
-            self._terms = {}
-            self._running = module.training
-            self._with_gradient = torch.is_grad_enabled()
-
-    def _end(self, module: nn.Module) -> None:
-        if module is self._model:
-            self._running = False
-
-    def _add(self, leaf: nn.Module, x: Tensor) -> None:
-        if leaf not in self._names or not self._model.training:
+    def _start(self, module: nn.Module, _: Any) -> None:
+        if module is not self._model:  # but its replica on another device
             return
-        name = self._names[leaf]
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} returns {type(x).__name__}, no tensor: name other layers in `layers`")
+        eager = not torch.compiler.is_compiling()
+        if eager and self._running and self._thread != get_ident():
+            raise RuntimeError("the model runs in two threads at once, whose activations the penalty cannot tell apart")
+        self._terms, self._over, self._in_layer = {}, False, False
+        self._running, self._with_gradient = module.training, torch.is_grad_enabled()
+        if eager and self._running:
+            self._thread = get_ident()
+            if self._functions:
+                self._functions.__enter__()
+
+    def _end(self, module: nn.Module, _: Any, output: Any) -> None:
+        eager = not torch.compiler.is_compiling()
+        if module is not self._model or not self._running or (eager and self._thread != get_ident()):
+            return
+        self._running, self._over = False, output is not None  # None: it raised
+        if eager and self._functions:
+            self._functions.__exit__(None, None, None)
+
+    def _enter(self, *_: Any) -> None:
+        self._in_layer = True  # whose own call of a function is no other layer
+
+    def _leave(self, leaf: nn.Module, _: Any, output: Any) -> None:
+        if leaf in self._names and self._model.training:
+            if not isinstance(output, Tensor):
+                kind = type(output).__name__
+                raise TypeError(f"{self._names[leaf]} returns {kind}, no tensor: name other layers in `layers`")
+            self._add(self._names[leaf], output, isinstance(leaf, nn.ReLU))
+        self._in_layer = False
+
+    def _add(self, name: str, x: Tensor, keeps: bool) -> None:
+        """Penalise the output of a layer's call; `keeps`: its own gradient needs it, so that nothing overwrites it."""
         if self._running and self._with_gradient and not torch.is_grad_enabled():
             raise RuntimeError(f"{name} runs without gradients: leave it out, or checkpoint with use_reentrant=False")
-        # The next module may overwrite an output, unless it is that of ReLU, whose own gradient needs it.
-        value = self._penalty(x if isinstance(leaf, nn.ReLU) else x.clone(), self._sigma)
+        value = self._penalty(x if keeps else x.clone(), self._sigma)
         if self._running:  # what gradient checkpointing computes once more, later, is no new pass
             calls = sum(label.partition("#")[0] == name for label in self._terms)
             label = f"{name}#{calls + 1}" if calls else name
@@ -229,36 +275,49 @@ class ActivationPenalty:
         return self._costs[label] / len(x)
 
 
+class _ZeroFunctions(TorchFunctionMode):
+    """Adds to a penalty what calls a function that makes zeros, not in a module that the penalty knows."""
+
+    def __init__(self, penalty: ActivationPenalty) -> None:
+        super().__init__()
+        self._penalty = penalty
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        output = function(*arguments, **(keywords or {}))
+        if function in ZERO_FUNCTIONS and not self._penalty._in_layer:
+            name = function.__name__.rstrip("_")
+            self._penalty._add(f"F.{name}", output, name == "relu")
+        return output
+
+
+class _Hook:
+    """A hook that does nothing in a copy of the model, pickled or not."""
+
+    def __init__(self, function: Callable[..., None] | None = None) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> None:
+        if self._function:
+            self._function(*arguments)
+
+    def __reduce__(self) -> Any:
+        return _Hook, ()
+
+
 def choose_layers(model: nn.Module, layers: str | Iterable[str] = "relu") -> list[str]:
     """Paths of the leaf modules that `layers` means (see `ActivationPenalty`).
 
     Raises:
-        ValueError: there are none, or a pattern fits none.
+        ValueError: a pattern fits none.
     """
     leaves = leaf_modules(model)
     if layers == "all":
         return [name for name, module in leaves.items() if "Dropout" not in type(module).__name__]
     if layers == "relu":
-        if chosen := [name for name, module in leaves.items() if isinstance(module, ZERO_MAKERS)]:
-            return chosen
-        kinds = sorted({type(module).__name__ for module in leaves.values()})
-        raise ValueError(
-            f"layers = 'relu': the model has no module that makes zeros, such as nn.ReLU (it has {', '.join(kinds)}). "
-            "GELU, SiLU and the like make small values, not zeros, so that their penalty would save no energy; "
-            "functional calls such as F.relu are not seen: make them modules"
-        )
+        return [name for name, module in leaves.items() if isinstance(module, ZERO_MAKERS)]
     patterns = [] if isinstance(layers, str) else list(layers)
     if not patterns:
         raise ValueError(f"layers = {layers!r}: must be 'relu', 'all' or a list of name patterns")
     if unfit := [pattern for pattern in patterns if not fnmatch.filter(leaves, pattern)]:
         raise ValueError(f"layers: {unfit[0]!r} fits none of {', '.join(leaves)}")
-    chosen = [name for name in leaves if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-    smooth = [name for name in chosen if _is_smooth(leaves[name])]
-    if smooth:
-        warnings.warn(f"{', '.join(smooth)}: makes small values, not zeros: zero-skipping saves nothing", stacklevel=3)
-    return chosen
-
-
-def _is_smooth(module: nn.Module) -> bool:
-    """Whether it is one of PyTorch's activation functions that are zero at single points at most."""
-    return type(module).__module__ == nn.modules.activation.__name__ and not isinstance(module, ZERO_MAKERS)
+    return [name for name in leaves if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]

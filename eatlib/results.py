@@ -20,9 +20,11 @@ from eatlib.hardware import Accounting, Hardware, Totals, energy_ratio, find_har
 if TYPE_CHECKING:
     import pandas as pd
 
-ROOT = Path(__file__).resolve().parent.parent
+_CHECKOUT = Path(__file__).resolve().parent.parent
+ROOT = _CHECKOUT if (_CHECKOUT / "Snakefile").exists() else Path.cwd()
+"""The repository; where eatlib is installed without one, the current folder, for `data/`."""
 PACKAGES = ("eatlib", "torch", "torchvision", "numpy")
-NUMBERS = ("hardware", "config", "data", "models", "penalties", "energy", "checkpoint", "training")
+NUMBERS = ("hardware", "sources", "config", "data", "models", "penalties", "energy", "checkpoint", "training")
 """The modules that decide the numbers in a result."""
 
 
@@ -131,6 +133,12 @@ class RunResult(_Record):
             raise ValueError(f"history has {len(self.history)} of {self.config.epochs} epochs")
         return self
 
+    def history_table(self) -> "pd.DataFrame":
+        """One row an epoch."""
+        import pandas as pd  # a slow import that a training run does without
+
+        return pd.DataFrame([epoch.model_dump() for epoch in self.history]).set_index("epoch")
+
     def save(self, path: str | Path) -> None:
         """Write the JSON; `path` never holds a part of it, whatever happens meanwhile."""
         write_atomically(Path(path), self.model_dump_json(indent=1, by_alias=True) + "\n")
@@ -170,6 +178,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def git_state() -> tuple[str | None, bool | None]:
     """The commit that the code is at, and whether the code has no uncommitted change; (None, None) outside git."""
     git = {"stderr": subprocess.DEVNULL, "text": True}
+    if ROOT != _CHECKOUT:  # the commit would be another project's
+        return None, None
     try:
         commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "eatlib"])
         commit, changes = (subprocess.check_output(["git", "-C", ROOT, *c], **git) for c in commands)
@@ -256,7 +266,7 @@ class StudyResults:
         Args:
             hardware: prices for the energies; None: those of each run's configuration.
         """
-        import pandas as pd  # a slow import that a training run does without
+        import pandas as pd
 
         return pd.DataFrame([_row(name, result, hardware) for name, result in self.runs.items()])
 

@@ -1,17 +1,16 @@
-"""Tables for readers: names, numbers as text, the paper's table 1, and the files that a table is written to.
+"""Tables for readers: names, and numbers as text.
 
 How runs are averaged and which setting is selected stands in `notebooks/2_tradeoff.ipynb`.
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from eatlib.config import PENALTY_FIELDS
-from eatlib.results import write_atomically
 
 GROUP = ["dataset", "model"]
 SETTING = [*PENALTY_FIELDS, "lambda"]
@@ -27,19 +26,6 @@ WORDS = {
     "warmup_epochs": "warm-up {:.0f}",
 }
 """How the fields of a penalty are written for readers, in the order of reading."""
-
-PAPER = pd.DataFrame(
-    [
-        ("gtsrb", "resnet18", 0.91, 0.93, 0.76, 0.55, 27.63),
-        ("gtsrb", "vgg16", 0.90, 0.89, 0.69, 0.63, 8.69),
-        ("cifar10", "resnet18", 0.92, 0.90, 0.73, 0.61, 16.43),
-        ("cifar10", "vgg16", 0.91, 0.88, 0.67, 0.53, 20.89),
-        ("celeba", "resnet18", 0.76, 0.78, 0.68, 0.63, 7.35),
-        ("celeba", "vgg16", 0.77, 0.78, 0.63, 0.54, 14.28),
-    ],
-    columns=[*GROUP, "st_accuracy", "eat_accuracy", "st_ratio", "eat_ratio", "energy_decrease_percent"],
-)
-"""arXiv 2307.00368, table 1; from one run each, as far as it says."""
 
 
 def names(table: pd.DataFrame) -> list[str]:
@@ -63,20 +49,8 @@ def mean_std(table: pd.DataFrame, column: str, form: str = "{:.3f}", absent: str
     return [" ± ".join(form.format(value) for value in pair if pd.notna(value)) or absent for pair in pairs]
 
 
-def save(numbers: pd.DataFrame, text: pd.DataFrame, folder: Path, name: str, notes: Sequence[str]) -> str:
-    """Write `numbers` as CSV and `text`, the same for readers, as Markdown, each under what there is to know of it.
-
-    `pandas.read_csv(path, comment="#")` reads the former.
-
-    Returns:
-        The table as Markdown.
-    """
+def markdown(text: pd.DataFrame) -> str:
+    """A table of strings as Markdown."""
     rows = [text.columns, ["---"] * len(text.columns), *text.itertuples(index=False)]
     cells = [[re.sub(r"([|*])", r"\\\1", cell) for cell in row] for row in rows]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in cells)
-    csv = numbers.to_csv(index=False, float_format="%.6g")
-    write_atomically(folder / f"{name}.csv", "".join(f"# {note}\n" for note in notes) + csv)
-    bullets = "\n".join(f"- {note}" for note in notes)
-    source = f"The runs behind each row are named in [{name}.csv]({name}.csv)."
-    write_atomically(folder / f"{name}.md", f"{bullets}\n\n{table}\n\n{source}\n")
-    return table
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)

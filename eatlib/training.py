@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
 from eatlib import results
 from eatlib.checkpoint import TrainingState, save_weights
@@ -79,6 +80,7 @@ def fit(
     weights_path: Path | None = None,
     on_epoch: Callable[[results.Epoch], None] | None = None,
     data: Data | None = None,
+    progress: bool = False,
 ) -> results.RunResult:
     """Train one configuration, then measure it on the validation and, for the first time, on the test images.
 
@@ -92,10 +94,11 @@ def fit(
             under its name, `load` finds it.
         on_epoch: called after each epoch, whose checkpoint is written by then; not for those before a resumption.
         data: the configuration's images, if the caller has loaded them already.
+        progress: show a bar over all steps.
 
     Raises:
         TrainingError: the loss became infinite or NaN.
-        ValueError: the device or the penalty's layers do not exist.
+        ValueError: the device or the penalty's layers do not exist; `config.save_weights` without `weights_path`.
     """
     start = time.perf_counter()
     if config.save_weights and weights_path is None:
@@ -110,21 +113,32 @@ def fit(
         if checkpoint is not None:
             state.resume(checkpoint, config, data.info.digest)
         model, before = state.model, state.seconds
-        with _attach_penalty(config, model, train) as penalty:
+        steps = math.ceil(len(train) / config.batch_size)
+        bar = tqdm(initial=steps * len(state.history), total=steps * config.epochs, unit="step", disable=not progress)
+        with bar, _attach_penalty(config, model, train) as penalty:
             network = torch.compile(model) if config.compile else model
             for epoch in range(len(state.history) + 1, config.epochs + 1):
                 epoch_start = time.perf_counter()
                 rate, lambda_ = learning_rate_at(config, epoch), lambda_at(config, epoch)
                 state.optimizer.param_groups[0]["lr"] = rate
                 images = training_batches(train, config.batch_size, config.augmentation, state.generator)
+                images = _counted(images, bar)
                 means = train_one_epoch(
                     network, images, state.optimizer, penalty, lambda_, device=device, bfloat16=bfloat16
                 )
-                accuracy, loss = validate(model, validation)
-                _require_finite((means.loss, means.penalty, loss), config, epoch)
-                facts = means._asdict() | {"validation_accuracy": accuracy, "lambda_": lambda_, "learning_rate": rate}
-                seconds = round(time.perf_counter() - epoch_start, 3)
-                state.history.append(results.Epoch(epoch=epoch, **facts, seconds=seconds))
+                logits = predict(model, validation, device=device)
+                facts = means._asdict() | {"validation_loss": F.cross_entropy(logits, validation.labels).item()}
+                _require_finite(facts, config, epoch)
+                record = results.Epoch(
+                    epoch=epoch,
+                    learning_rate=rate,
+                    lambda_=lambda_,
+                    **means._asdict(),
+                    validation_accuracy=(logits.argmax(1) == validation.labels).double().mean().item(),
+                    seconds=round(time.perf_counter() - epoch_start, 3),
+                )
+                state.history.append(record)
+                bar.set_postfix(epoch=epoch, loss=means.loss, validation_accuracy=record.validation_accuracy)
                 state.seconds = before + time.perf_counter() - start
                 if checkpoint is not None:
                     state.save(checkpoint, config, data.info.digest)
@@ -146,6 +160,12 @@ def fit(
         )
 
 
+def _counted(batches: Iterable[tuple[Tensor, Tensor]], bar: tqdm) -> Iterator[tuple[Tensor, Tensor]]:
+    for batch in batches:
+        yield batch
+        bar.update()
+
+
 def _fresh_state(config: RunConfig, data: Data, device: torch.device) -> TrainingState:
     """The network and its optimiser as the configuration's seed draws them."""
     torch.manual_seed(config.seed)
@@ -157,14 +177,14 @@ def _fresh_state(config: RunConfig, data: Data, device: torch.device) -> Trainin
     return TrainingState(model, optimizer, torch.Generator().manual_seed(config.seed), device)
 
 
-def _require_finite(losses: tuple[float, ...], config: RunConfig, epoch: int) -> None:
-    bad = [loss for loss in losses if not math.isfinite(loss)]
-    if bad:
-        raise TrainingError(
-            f"the loss became {bad[0]} in epoch {epoch} of {config.epochs}, with lambda = {config.lambda_:g}, "
-            f"sigma = {config.sigma:g}, learning_rate = {config.learning_rate:g}: no result. A smaller lambda or "
-            "learning_rate, a larger sigma, or warmup_epochs may help"
-        )
+def _require_finite(facts: dict[str, float], config: RunConfig, epoch: int) -> None:
+    for name, value in facts.items():
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the {name.replace('_', ' ')} became {value} in epoch {epoch} of {config.epochs}, with lambda = "
+                f"{config.lambda_:g}, sigma = {config.sigma:g}, learning_rate = {config.learning_rate:g}: no result. "
+                "A smaller lambda or learning_rate, a larger sigma, or warmup_epochs may help"
+            )
 
 
 def learning_rate_at(config: RunConfig, epoch: int) -> float:
@@ -196,42 +216,29 @@ def evaluate(
         batch_size: images in a forward pass; the energy ratio moves with it, as weights are charged once a batch.
         device: where the model is.
     """
-    model.eval()
-    loss, right, seen = 0.0, [], []
-    with torch.no_grad(), EnergyMeter(model, hardware=hardware) as meter:
-        for images, labels in batches(split, batch_size):
-            labels = labels.to(device)
-            logits = model(images.to(device))
-            loss += F.cross_entropy(logits, labels, reduction="sum")
-            right.append(labels[logits.argmax(1) == labels])
-            seen.append(labels)
-    count, classes = len(split), logits.shape[1]
-    right_of_class = torch.cat(right).bincount(minlength=classes)
-    of_class = torch.cat(seen).bincount(minlength=classes)
+    labels = split.labels.to(device)
+    with EnergyMeter(model, hardware=hardware) as meter:
+        logits = predict(model, split, batch_size=batch_size, device=device)
+    right = logits.argmax(1) == labels
+    right_of_class, of_class = (found.bincount(minlength=logits.shape[1]) for found in (labels[right], labels))
     present = of_class > 0
     reports = {accounting: meter.report(accounting) for accounting in ACCOUNTINGS}
     return results.Evaluation(
-        samples=count,
-        accuracy=int(right_of_class.sum()) / count,
+        samples=len(split),
+        accuracy=int(right.sum()) / len(split),
         macro_accuracy=float((right_of_class[present] / of_class[present].double()).mean()),
-        loss=float(loss) / count,
+        loss=float(F.cross_entropy(logits.double(), labels)),
         energy={accounting: results.Energy.of(report) for accounting, report in reports.items()},
         firing=[results.LayerFiring(name=name, kind=kind, firing=share) for name, kind, share in meter.firing()],
         uncounted={accounting: report.uncounted for accounting, report in reports.items()},
     )
 
 
-def validate(model: nn.Module, split: Split, *, batch_size: int = 512) -> tuple[float, float]:
-    """Accuracy and loss on a split that is where the model is; leaves the model in evaluation mode."""
+def predict(model: nn.Module, split: Split, *, batch_size: int = 512, device: torch.device | str = "cpu") -> Tensor:
+    """Logits (N, classes) of all images of a split, on the model's device; leaves the model in evaluation mode."""
     model.eval()
-    sums = torch.zeros(2, device=split.labels.device)
     with torch.no_grad():
-        for images, labels in batches(split, batch_size):
-            logits = model(images)
-            correct = (logits.argmax(1) == labels).sum()
-            sums += torch.stack([correct, F.cross_entropy(logits, labels, reduction="sum")])
-    accuracy, loss = (sums.double() / len(split)).tolist()
-    return accuracy, loss
+        return torch.cat([model(images.to(device)) for images, _ in batches(split, batch_size)])
 
 
 # --- where it runs --------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from eatlib.config import DATASETS, DatasetFacts, RunConfig
-from eatlib.data import SOURCES, Data, DataError, Listing, Source, images, load_data
+from eatlib.config import RunConfig
+from eatlib.data import SOURCES, Data, DataError, Listing, images, load_data, source
 from eatlib.results import ROOT
 
 
@@ -90,10 +90,11 @@ def test_cifar10_is_known_by_its_content(cifar10_dir, monkeypatch):
     digest = sha256(b"".join(bytes([i % 2]) + bytes([i]) * 3072 for i in range(60))).hexdigest()
     assert data.info.digest == digest
     assert data.mean == (0.4914, 0.4823, 0.4468)
-    monkeypatch.setitem(DATASETS, "cifar10", DatasetFacts(32, "none", 50, 10))
+    published = replace(SOURCES["cifar10"], train_images=50, test_images=10)
+    monkeypatch.setitem(SOURCES, "cifar10", published)
     with pytest.raises(DataError, match=f"50 training and 10 test images found .digest {digest}"):
         load("cifar10", cifar10_dir, allow_partial=False)
-    monkeypatch.setitem(SOURCES, "cifar10", replace(SOURCES["cifar10"], digest=digest))
+    monkeypatch.setitem(SOURCES, "cifar10", replace(published, digest=digest))
     assert load("cifar10", cifar10_dir, allow_partial=False).info.complete
 
 
@@ -124,7 +125,7 @@ def test_a_file_that_is_no_batch_is_named_and_runs_no_code(cifar10_dir, name):
 
 
 def test_gtsrb_keeps_tracks_together(gtsrb_dir, monkeypatch):
-    monkeypatch.setitem(DATASETS, "gtsrb", DatasetFacts(32, "none", 30, 3))
+    monkeypatch.setitem(SOURCES, "gtsrb", replace(SOURCES["gtsrb"], train_images=30, test_images=3))
     for seed in range(3):
         data = load("gtsrb", gtsrb_dir, allow_partial=False, validation_share=0.4, split_seed=seed)
         train, validation = (
@@ -202,13 +203,17 @@ def test_a_folder_that_cannot_be_used_is_refused(own, name, spoil, message):
 
 def test_a_data_set_of_ones_own_is_one_function(tmp_path, monkeypatch):
     pixels = [np.full((4, 6, 3), 40 * number, np.uint8) for number in range(6)]
-    monkeypatch.setitem(DATASETS, "shades", DatasetFacts(8, "crop", train_images=6))
-    monkeypatch.setitem(SOURCES, "shades", Source(lambda: Listing(["dark", "light"], (pixels, [0, 0, 0, 1, 1, 1]))))
+    monkeypatch.setitem(SOURCES, "shades", None)  # so that the test leaves no other
+
+    @source(image_size=8, augmentation="crop", train_images=6)
+    def shades() -> Listing:
+        return Listing(["dark", "light"], (pixels, [0, 0, 0, 1, 1, 1]))
+
     data = load("shades", tmp_path / "six", allow_partial=False)
     assert [split.labels.sort().values.tolist() for split in (data.train, data.validation, data.test)] == [[0, 1]] * 3
     assert data.test.images.shape == (2, 3, 8, 8)
     assert (data.info.complete, RunConfig(dataset="shades").augmentation) == (True, "crop")
-    monkeypatch.setitem(SOURCES, "shades", Source(lambda: Listing(["a", "b"], (np.zeros((9, 4, 6, 3)), [0] * 9))))
+    pixels[0] = np.zeros((4, 6, 3))
     with pytest.raises(DataError, match=r"an image is float64 \(4, 6, 3\); it must be uint8"):
         load("shades", tmp_path / "floats")
 
@@ -238,7 +243,7 @@ def test_what_is_absent_is_downloaded_on_request(gtsrb_dir, monkeypatch):
         Path(root).mkdir(exist_ok=True)
         shutil.copy(served / Path(url).name, Path(root) / filename)
 
-    monkeypatch.setitem(DATASETS, "gtsrb", DatasetFacts(32, "none", 30, 3))
+    monkeypatch.setitem(SOURCES, "gtsrb", replace(SOURCES["gtsrb"], train_images=30, test_images=3))
     for download in (serve, None):  # the second time it is there
         monkeypatch.setattr("torchvision.datasets.utils.download_url", download)
         assert load("gtsrb", gtsrb_dir, allow_partial=False, download=True).info.complete

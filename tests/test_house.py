@@ -3,6 +3,8 @@
 import ast
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,8 @@ from torch.nn import functional as F
 from eatlib.config import Study
 from eatlib.results import ROOT
 
-ORDER = ["hardware", "config", "results", "data", "models", "penalties", "energy"]
-ORDER += ["checkpoint", "training", "tables", "figures", "study"]
+ORDER = ["hardware", "sources", "config", "results", "data", "models", "penalties", "energy"]
+ORDER += ["checkpoint", "training", "tables", "figures", "steps", "study"]
 """The modules of eatlib in reading order."""
 fill_in = runpy.run_path(str(ROOT / "docs" / "include.py"))["fill_in"]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -81,10 +83,28 @@ def snippets() -> list:
 
 
 @pytest.mark.parametrize("code", snippets())
-def test_snippets_run(code, monkeypatch):
+def test_snippets_run(code, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 10))
     images, labels = torch.rand(6, 3, 8, 8), torch.arange(6)
-    known = {"model": model, "images": images, "labels": labels, "test_batches": [(images, labels)], "F": F}
-    exec(code, known)
+    known = {"model": model, "images": images, "labels": labels, "F": F, "torch": torch, "folder": tmp_path}
+    try:
+        exec(code, known | {"test_batches": [(images, labels)], "batches": [(images, labels)]})
+    except ModuleNotFoundError as error:
+        if error.name not in ("lightning", "transformers"):
+            raise
+        pytest.skip(f"{error.name} is not installed")
     assert not model[2]._forward_hooks
+
+
+def test_a_study_in_the_docs_is_one(tmp_path):
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "library.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(text)
+    assert len(Study.load(tmp_path / "mine.yaml").runs()) == 2 + 2 * 2 * 2
+
+
+def test_the_penalty_and_the_meter_do_without_the_studys_packages():
+    code = "import sys, eatlib; eatlib.ActivationPenalty, eatlib.energy_report\n"
+    code += "print({'pandas', 'sklearn', 'torchvision', 'matplotlib', 'papermill', 'filelock'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

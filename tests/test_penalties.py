@@ -329,11 +329,3 @@ def test_layers_without_a_price_or_a_tensor_are_named():
         model(batch()[0])
     with ActivationPenalty(lstm, layers="all"), pytest.raises(TypeError, match="LSTM returns tuple"):
         lstm(torch.rand(2, 5, 3))
-
-
-def test_smooth_activations():
-    model = nn.Sequential(nn.Linear(3, 4), nn.GELU())
-    with pytest.raises(ValueError, match="GELU, SiLU and the like make small values, not zeros"):
-        ActivationPenalty(model)
-    with pytest.warns(UserWarning, match="1: makes small values, not zeros"):
-        ActivationPenalty(model, layers=["1"])

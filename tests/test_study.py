@@ -15,9 +15,10 @@ import psutil
 import pytest
 import yaml
 
+from eatlib import steps
 from eatlib import study as studies
 from eatlib.config import RunConfig, Study
-from eatlib.results import ROOT, RunResult, StudyResults
+from eatlib.results import ROOT, StudyResults
 
 TOY_TRAINING = """
 import time
@@ -30,7 +31,7 @@ if config.seed == 13:
 with Path(work_dir).parent.with_name("executions").open("a") as file:
     file.write(Path(work_dir).name + chr(10))
 time.sleep(0.2)
-made_up_result(**config.to_dict()).save(Path(result_path))
+made_up_result(**config.to_dict()).save(Path(work_dir, 'result.json'))
 """
 
 
@@ -52,7 +53,7 @@ def project(tmp_path):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "Snakefile", root)
     (root / "notebooks").mkdir()
-    notebook(root / "notebooks" / "1_train.ipynb", "result_path = work_dir = ''", TOY_TRAINING)
+    notebook(root / "notebooks" / "1_train.ipynb", "work_dir = ''", TOY_TRAINING)
     draw = "import pathlib\nfor name in ('csv', 'md'): pathlib.Path(results, study, f'table.{name}').write_text('|a|')"
     notebook(root / "notebooks" / "2_tradeoff.ipynb", "study = results = ''", draw)
     write_study(root, seed=[0, 1])
@@ -130,15 +131,29 @@ def test_the_engine_can_be_called_by_itself(project):
     assert len(executions(project)) == 4
 
 
-def test_a_study_of_ones_own_with_changed_fields(project, tmp_path):
-    path = tmp_path / "mine.yaml"
+def test_a_study_of_ones_own_by_its_path_whatever_its_name(project, tmp_path):
+    path = tmp_path / "train.yaml"
     shutil.copy(project / "studies" / "toy.yaml", path)
-    done = run(project, str(path), "--set", "seed=[4]", "sigma=1e-2")
+    done = run(project, str(path), "--download")
     assert done.returncode == 0, done.stderr
-    (folder,) = (project / "results").glob("mine@*")
-    assert "Changed: seed=[4],sigma=1e-2" in (folder / "study.yaml").read_text()
-    results = [RunResult.load(path) for path in folder.glob("*.json")]
-    assert sorted((r.config.lambda_, r.config.seed, r.config.sigma) for r in results) == [(0, 4, 0.01), (1, 4, 0.01)]
+    assert len(executions(project, "train")) == 4
+
+
+def test_a_study_is_done_whatever_its_output_goes_to(project):
+    write_study(project, seed=[0])
+    with (project / "studies" / "toy.yaml").open("a") as file:
+        file.write("label: größe → $x\n")
+    text = (project / "studies" / "toy.yaml").read_text().replace("label: Made up.\n", "")
+    (project / "studies" / "toy.yaml").write_text(text)
+    command = [sys.executable, "-u", "-m", "eatlib.study", "toy"]
+    process = subprocess.Popen(
+        command, cwd=project, env=environment(project, PYTHONIOENCODING="ascii"), stdout=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"toy: gr??e ? $x\n"
+    process.stdout.close()
+    assert process.wait() == 0
+    assert {*executions(project)} == {f"digits_resnet18_lambda{weight}_seed0" for weight in (0, 1)}
+    assert (project / "results" / "toy" / "tradeoff.html").exists()
 
 
 # --- killed -------------------------------------------------------------------------------------------------------
@@ -177,14 +192,15 @@ def test_while_a_runner_is_at_work_another_says_so_and_after_its_end_goes_on(pro
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_result(tmp_path):
+    smoke = studies.open_study("smoke")
     changes = {"epochs": 40, "batch_size": 10, "lambda": 1}
-    study = studies.open_study("smoke").override(changes)
+    study = Study(name="long", label="", blocks=[{"fixed": smoke.fixed | smoke.blocks[0].fixed | changes}])
     whole, killed = (tmp_path / name / study.name for name in ("whole", "killed"))
     for folder in (whole, killed):
         folder.mkdir(parents=True)
         (folder / "study.yaml").write_text(study.to_yaml())
     (name,) = study.runs()
-    commands = {f: [sys.executable, "-m", "eatlib.study", "train", str(f), name] for f in (whole, killed)}
+    commands = {f: [sys.executable, "-m", "eatlib.steps", "train", str(f), name] for f in (whole, killed)}
     process = psutil.Popen(commands[killed], cwd=ROOT, env=environment(ROOT), stderr=subprocess.DEVNULL)
     progress = killed / "work" / name / "progress"
     while not (progress.exists() and int(progress.read_text().split()[1].split("/")[0]) > 3):
@@ -200,7 +216,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_result(tmp_path):
         results.append(values | {"provenance": None})
         assert not (folder / "work" / name).exists()
     assert results[0] == results[1]
-    assert "resumed after epoch" in (killed / "notebooks" / f"{name}.ipynb").read_text()
+    assert "resumed from its checkpoint" in (killed / "notebooks" / f"{name}.ipynb").read_text()
 
 
 # --- refused, or set aside ----------------------------------------------------------------------------------------
@@ -211,13 +227,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_result(tmp_path):
     [
         (["nope"], "study = 'nope': must be one of ablation, "),
         (["nope.yaml"], "study = 'nope.yaml'"),
-        (["-c", "1", "--set", "epochs=0"], "study quick@epochs=0"),
-        (["quick", "--set", "epochs"], "--set 'epochs': must be FIELD=VALUE"),
-        (["quick", "--set", "epochs=1", "epochs=2"], "--set 'epochs=2'"),
-        (["quick", "--set", "epochs=["], "--set 'epochs=[': must be FIELD=VALUE"),
-        (["quick", "--set", "epochs=0"], "epochs = 0: Input should be greater than or equal to 1"),
-        (["quick", "--set", "lamda=0"], "unknown field 'lamda'; did you mean 'lambda'?"),
-        (["quick", "--set", "dataset=cifar10", "data_dir=/nowhere"], "cifar10: FileNotFoundError: "),
+        (["-n", "-c", "1"], "--dry-run goes without -c 1"),
         (["quick", "--results", "/proc/nowhere"], "cannot write to the results folder /proc/nowhere/quick"),
         (["smoke", "--frobnicate"], "unrecognized arguments: --frobnicate"),
     ],
@@ -275,9 +285,8 @@ def test_a_dry_run_says_what_why_and_how_long_and_changes_nothing(project, make_
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("digits_resnet18_lambda0_seed0  to train (its JSON is another configuration's)")
     assert "digits_resnet18_lambda1_seed0  done in 1 s" in lines
-    # The like run took 1 s an epoch of 70 images.
-    assert "digits_resnet18_lambda1_seed1  to train (no result), about 23 s" in lines
-    assert lines[-1].startswith("1 runs are done. To train, one after another: about 23 s, and 2 runs of which no like")
+    assert "digits_resnet18_lambda1_seed1  to train (no result), about 1 s" in lines
+    assert lines[-1] == "1 runs are done, 3 are to train: about 1 s for 1 of them, one after another"
 
 
 # --- where runs go ------------------------------------------------------------------------------------------------
@@ -285,12 +294,12 @@ def test_a_dry_run_says_what_why_and_how_long_and_changes_nothing(project, make_
 
 def test_runs_at_the_same_time_have_a_gpu_each(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0, 1,GPU-7,-1,x")
-    monkeypatch.setattr(studies.tempfile, "gettempdir", lambda: str(tmp_path))
-    assert studies.local_gpus() == ["0", "1", "GPU-7"]
+    monkeypatch.setattr(steps.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert steps.local_gpus() == ["0", "1", "GPU-7"]
     held, barrier = [], threading.Barrier(3)
 
     def hold() -> None:
-        with studies.gpu_of_its_own(RunConfig(), ["0", "1", "GPU-7"]) as gpu:
+        with steps.gpu_of_its_own(RunConfig(), ["0", "1", "GPU-7"]) as gpu:
             held.append(gpu)
             barrier.wait(timeout=10)
 
@@ -301,7 +310,7 @@ def test_runs_at_the_same_time_have_a_gpu_each(monkeypatch, tmp_path):
         thread.join()
     assert sorted(held) == ["0", "1", "GPU-7"]
     for config, gpus in ((RunConfig(device="cpu"), ["0"]), (RunConfig(), [])):
-        with studies.gpu_of_its_own(config, gpus) as gpu:
+        with steps.gpu_of_its_own(config, gpus) as gpu:
             assert gpu is None
 
 

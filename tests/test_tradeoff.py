@@ -172,7 +172,7 @@ def test_our_numbers_stand_beside_the_papers(tradeoff):
 
 
 def test_the_papers_decreases_follow_from_its_ratios():
-    for paper in tables.PAPER.itertuples():
+    for paper in pd.read_csv(REFERENCE / "paper.csv", comment="#").itertuples():
         assert 100 * (1 - paper.eat_ratio / paper.st_ratio) == pytest.approx(paper.energy_decrease_percent, abs=0.02)
 
 
@@ -245,55 +245,69 @@ def test_figures_are_written_as_png_and_pdf(tradeoff, tmp_path):
             assert (tmp_path / "s" / f"{name}{suffix}").stat().st_size > 1000
 
 
-def test_the_tradeoff_has_means_front_ring_and_floor(tradeoff):
-    known = tradeoff(dataset="cifar10")
-    arguments = [known[name] for name in ("runs", "large", "lowest")]
-    (axis,) = figures.tradeoff_figure(*arguments, 0.03, {("cifar10", "resnet18"): 0.47}).axes
+def test_the_tradeoff_has_means_front_ring_floor_and_the_papers_points(tradeoff):
+    points = tradeoff(RUNS | {10: [(0.5, 0.4), (0.9, 0.4)]}, dataset="cifar10")["points"]
+    (axis,) = figures.tradeoff_figure(points.assign(floor=0.47), 0.03).axes
+    marks, ring = axis.collections
+    means = [[0.79, 0.91], [0.71, 0.91], [0.61, 0.885], [0.50, 0.85]]
+    paper = [[0.73, 0.92], [0.61, 0.90]]
+    single = [[ratio, accuracy] for seeds in [*RUNS.values(), [(0.5, 0.4), (0.9, 0.4)]] for accuracy, ratio in seeds]
+    assert sorted(marks.get_offsets().tolist()) == [pytest.approx(point) for point in sorted([*single, *means, *paper])]
+    assert ring.get_offsets().tolist() == [pytest.approx([0.61, 0.885])]
     drawn = {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    assert sorted(drawn["energy-aware training (EAT)"].get_offsets()[:, 0]) == pytest.approx([0.5, 0.61, 0.71])
-    assert drawn["selected on validation"].get_offsets().tolist() == [pytest.approx([0.61, 0.885])]
+    assert {"standard training (ST), paper", "energy-aware training (EAT), collapsed run"} < drawn.keys()
+    assert "standard training (ST), collapsed run" not in drawn
     assert list(drawn["Pareto front"].get_xdata()) == pytest.approx([0.5, 0.61, 0.71])
     assert list(drawn["no ReLU fires"].get_xdata()) == [0.47, 0.47]
-    assert drawn["energy-aware training in the paper"].get_offsets().tolist() == [[0.61, 0.90]]
+    assert drawn["test accuracy at most 3 points below ST"].get_bbox().intervaly == pytest.approx([0.88, 0.91])
     assert axis.get_title() == "CIFAR-10, ResNet-18"
     assert {text.get_text() for text in axis.texts} == {"λ 1", "λ 2", "λ 5"}
 
 
+def test_what_is_not_there_is_not_in_the_legend(tradeoff):
+    points = tradeoff({0: RUNS[0]}, model="vgg11", width=1)["points"]
+    (axis,) = figures.tradeoff_figure(points, 0.03).axes
+    labels = axis.get_legend_handles_labels()[1]
+    assert not {"selected on validation", "no ReLU fires", "energy-aware training (EAT), run"} & {*labels}
+
+
 def test_partial_data_are_called_partial(tradeoff):
-    known = tradeoff()
-    (axis,) = figures.tradeoff_figure(
-        known["runs"].assign(complete=False), known["large"], known["lowest"], 0.03, {}
-    ).axes
-    assert axis.get_title() == "digits (partial data), ResNet-18"
-    assert tables.names(known["chosen"].assign(complete=False)) == ["digits (partial data), ResNet-18"]
+    chosen = tradeoff()["chosen"]
+    assert tables.names(chosen.assign(complete=False)) == ["digits (partial data), ResNet-18"]
 
 
 def test_the_ablation_has_a_line_a_sigma_over_shared_seeds(tradeoff):
     other = [{"accuracy": 0.5, "ratio": 0.6, "lambda": value, "sigma": 1e-2, "seed": 0} for value in (1, 2, 5)]
-    known = tradeoff(extra=other)
-    accuracy, ratio = figures.ablation_figure(pd.concat([known["beneath"], known["ablation"]])).axes
-    lines = {line.get_label(): list(line.get_ydata()) for line in accuracy.get_lines()}
-    assert lines["σ = 0.0001"] == pytest.approx([0.91, 0.90, 0.80]), "seed 0 alone, as for the other sigma"
-    assert lines["σ = 0.01"] == [0.5] * 3
-    assert lines["standard training"] == pytest.approx([0.90, 0.90])
+    known = tradeoff(extra=other, draw=True)
+    accuracy, ratio = figures.ablation_figure(pd.concat([known["ablation"], known["beneath"]])).axes
+    first, second, standard = (list(line.get_ydata()) for line in accuracy.get_lines() if len(line.get_ydata()))
+    assert first == pytest.approx([0.91, 0.90, 0.80]), "seed 0 alone, as for the other sigma"
+    assert second == [0.5] * 3
+    assert standard == pytest.approx([0.90, 0.90])
+    assert accuracy.get_legend_handles_labels()[1][:2] == ["σ = 0.0001", "σ = 0.01"]
     assert ratio.get_ylabel() == "energy ratio (published)"
+    assert accuracy.get_title() == "digits, ResNet-18\nl0, on relu, layer_mean, warm-up 0, seeds: 1"
 
 
-def test_the_pareto_front_has_what_no_other_point_beats():
-    points = pd.DataFrame({figures.RATIO: [0.5, 0.5, 0.6, 0.7, 0.8], figures.ACCURACY: [0.6, 0.7, 0.7, 0.9, 0.8]})
-    assert figures.pareto_front(points).index.tolist() == [1, 3]
+def test_the_pareto_front_has_what_no_other_point_beats(tradeoff):
+    runs = {1: [(0.6, 0.5)], 2: [(0.7, 0.5)], 3: [(0.7, 0.6)], 4: [(0.9, 0.7)], 5: [(0.8, 0.8)]}
+    assert tradeoff(runs)["front"]["lambda"].tolist() == [2, 4]
 
 
-def test_relus_come_before_pools_and_dense_layers_are_left_out(make_result):
-    layer = make_result().test.firing[0]
-    kinds = ["Conv2d", "ReLU", "MaxPool2d", "ReLU6", "Linear"]
-    layers = [layer.model_copy(update={"name": str(place), "kind": kind}) for place, kind in enumerate(kinds)]
-    assert list(figures.sparse(layers)) == ["1", "3", "2"]
+def test_relus_come_before_pools_and_dense_layers_are_left_out(tradeoff, tmp_path):
+    known = tradeoff(draw=True)
+    assert known["part"]["layer"].unique().tolist() == ["relu", "avgpool"]
+    (axis,) = figures.firing_figure(known["part"]).axes
+    heights = [[bar.get_height() for bar in bars] for bars in axis.containers]
+    assert heights == [pytest.approx([0.395, 0.79]), pytest.approx([0.305, 0.61])]
+    for path in (tmp_path / "s").glob("*.json"):
+        path.write_text(path.read_text().replace("Conv2d", "MaxPool2d"))
+    assert tradeoff.on(tmp_path / "s", draw=True)["part"]["layer"].unique().tolist() == ["relu", "conv1", "avgpool"]
 
 
-def test_patterns_of_layers_survive_markdown(tmp_path):
+def test_patterns_of_layers_survive_markdown():
     layers = pd.DataFrame({"layers": ["features.relu*, a|b"]})
-    text = tables.save(layers, layers, tmp_path, "table", [])
+    text = tables.markdown(layers)
     assert text.splitlines()[-1] == "| features.relu\\*, a\\|b |"
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -78,14 +77,3 @@ def augment(images: Tensor, draws: dict[str, Tensor]) -> Tensor:
         grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
         images = F.grid_sample(images.float(), grid, align_corners=False).round().to(torch.uint8)
     return images
-
-
-def image_grid(split: Split, classes: int, rows: int = 4) -> np.ndarray:
-    """The first images of each class, one column a class: (height, width, 3), uint8, for `imshow`."""
-    side = split.images.shape[-1]
-    cells = torch.zeros(rows, classes, 3, side, side, dtype=torch.uint8)
-    for label in range(classes):
-        members = split.images[split.labels == label][:rows].cpu()
-        cells[: len(members), label] = members
-    padded = F.pad(cells, (1, 1, 1, 1), value=255)
-    return padded.permute(0, 3, 1, 4, 2).reshape(rows * (side + 2), classes * (side + 2), 3).numpy()

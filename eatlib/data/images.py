@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from eatlib.config import DATASETS, RunConfig
-from eatlib.data.sources import SOURCES, DataError, Listing, Source, about
+from eatlib.config import RunConfig
 from eatlib.results import ROOT, DataInfo
+from eatlib.sources import SOURCES, DataError, Listing, Source, about
 
 TEST_SHARE = 0.2
 """Share of the images kept for testing where the source has no test split of its own."""
@@ -65,16 +65,6 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     info: DataInfo
-
-    # To be removed with notebooks/1_train.ipynb's last use of them.
-    @property
-    def name(self) -> str:
-        return self.info.name
-
-    def class_counts(self) -> dict[str, list[int]]:
-        """Images of each class, by split."""
-        splits = {"train": self.train, "validation": self.validation, "test": self.test}
-        return {name: split.labels.bincount(minlength=len(self.classes)).tolist() for name, split in splits.items()}
 
 
 def load_data(config: RunConfig, *, progress: bool = False) -> Data:
@@ -136,7 +126,7 @@ class Decoded(Split):
 def _load(config: RunConfig, progress: bool) -> tuple[Decoded, bool]:
     """The images of `config.dataset`, downloaded if need be, and whether they are complete."""
     name, _, path = config.dataset.partition(":")
-    source, facts = SOURCES[name], DATASETS[name]
+    source = SOURCES[name]
     root = Path(config.data_dir or os.environ.get("EATLIB_DATA") or ROOT / "data").expanduser()
     paths = [Path(path or root) / part for part in source.paths]
     cache = root / ".cache" / f"{quote(config.dataset, safe='')}-{config.image_size}.pt"
@@ -151,7 +141,7 @@ def _load(config: RunConfig, progress: bool) -> tuple[Decoded, bool]:
                 download_and_extract_archive(server + target.name, str(target.parent), md5=md5)
         decoded = _cached(source, paths, cache, config.image_size, progress)
         train, test = len(decoded.groups), len(decoded) - len(decoded.groups)
-        whole = facts.train_images or train, facts.test_images or test
+        whole = source.train_images or train, source.test_images or test
         complete = (train, test) == whole and source.digest in (None, decoded.digest)
         if not train or (whole[1] and not test) or not (complete or config.allow_partial):
             found = f"{train} training and {test} test images found (digest {decoded.digest})"

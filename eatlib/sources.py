@@ -1,4 +1,4 @@
-"""A data set's name -> its files, labels and classes: one function each, and what else is known of it in `SOURCES`."""
+"""A data set's name -> its files, labels and classes: one function each, under what else is known of it."""
 
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -45,25 +45,50 @@ class Listing:
     groups: list[int] | None = None
 
 
+Reader = Callable[..., Listing]
+
+
 @dataclass(frozen=True)
 class Source:
-    """How a data set is read, and what `eatlib.config.DATASETS` does not say of it.
+    """A data set that configurations can name.
 
     Attributes:
         read: lists what is there; its arguments are `paths`.
+        image_size, augmentation: what `null` stands for in a configuration. Flipping changes the class of a traffic
+            sign or a digit.
         paths: files and folders in the data folder; all that is read lies in them.
         archives: what can be downloaded: where it goes and is unpacked, the URL of its folder, and its MD5.
         moments: mean and standard deviation of each channel, of pixels in [0, 1]; None: those of the training images.
+        train_images, test_images: numbers of the complete set; None: whatever is there is complete.
         digest: of the complete set (see `eatlib.data.images`); None: its numbers of images tell.
     """
 
-    read: Callable[..., Listing]
+    read: Reader
+    image_size: int
+    augmentation: str
     paths: tuple[str, ...] = ()
     archives: tuple[tuple[str, str, str], ...] = ()
     moments: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    train_images: int | None = None
+    test_images: int | None = None
     digest: str | None = None
 
 
+SOURCES: dict[str, Source] = {}
+"""By name; `folder` stands for every `folder:/path`."""
+
+
+def source(**facts: Any) -> Callable[[Reader], Reader]:
+    """Make the function below a data set of its name, with what else is known of it (see `Source`)."""
+
+    def register(read: Reader) -> Reader:
+        SOURCES[read.__name__] = Source(read, **facts)
+        return read
+
+    return register
+
+
+@source(image_size=16, augmentation="none", train_images=1_797)
 def digits() -> Listing:
     """1,797 digits of 8x8 pixels, in 17 shades of grey."""
     from sklearn.datasets import load_digits  # a slow import
@@ -85,6 +110,17 @@ class _ArrayUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+@source(
+    image_size=32,
+    augmentation="crop_flip",
+    paths=("cifar-10-batches-py",),
+    archives=(("cifar-10-python.tar.gz", "https://www.cs.toronto.edu/~kriz/", "c58f30108f718f92721af3b95e74349a"),),
+    moments=((0.4914, 0.4823, 0.4468), (0.2470, 0.2435, 0.2616)),
+    train_images=50_000,
+    test_images=10_000,
+    # `cat data_batch_*.bin test_batch.bin | sha256sum` in the binary version gives the same.
+    digest="013ba16d14ecc4829da62bf2af648ca30f600491ecb3e7f329c827db0dd17522",
+)
 def cifar10(folder: Path) -> Listing:
     """The batches of the Python version."""
 
@@ -110,6 +146,19 @@ children, bicycles, snow, wild animals, end of all limits, right only, left only
 straight or left, keep right, keep left, roundabout, end of no overtaking, end of no overtaking by trucks"""
 
 
+@source(
+    image_size=32,
+    augmentation="crop",
+    paths=("gtsrb/GTSRB/Final_Training/Images", "gtsrb/GTSRB/Final_Test/Images", "gtsrb/GT-final_test.csv"),
+    archives=(
+        ("gtsrb/GTSRB_Final_Training_Images.zip", GTSRB_URL, "f33fd80ac59bff73c82d25ab499e03a3"),
+        ("gtsrb/GTSRB_Final_Test_Images.zip", GTSRB_URL, "c7e4e6327067d32654124b0fe9e82185"),
+        ("gtsrb/GTSRB_Final_Test_GT.zip", GTSRB_URL, "fe31e9c9270bbcd7b84b7f21a9d9d9e5"),
+    ),
+    moments=((0.3403, 0.3121, 0.3214), (0.2724, 0.2608, 0.2669)),
+    train_images=39_209,
+    test_images=12_630,
+)
 def gtsrb(training: Path, test: Path, table: Path) -> Listing:
     """The final training and test set."""
     import pandas as pd
@@ -128,6 +177,14 @@ def gtsrb(training: Path, test: Path, table: Path) -> Listing:
 CELEBA_ATTRIBUTES = ("Heavy_Makeup", "Smiling", "Mouth_Slightly_Open")
 
 
+@source(
+    image_size=64,
+    augmentation="crop_flip",
+    paths=("celeba/img_align_celeba", "celeba/list_attr_celeba.txt", "celeba/list_eval_partition.txt"),
+    moments=((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    train_images=162_770,
+    test_images=19_962,
+)
 def celeba(folder: Path, attributes: Path, partitions: Path) -> Listing:
     """Partitions 0 and 2 of the aligned images; each attribute is a bit of the class, the first the highest."""
     import pandas as pd
@@ -142,6 +199,7 @@ def celeba(folder: Path, attributes: Path, partitions: Path) -> Listing:
     return Listing(classes, *(([folder / name for name in part.index], part) for part in parts))
 
 
+@source(image_size=32, augmentation="crop_flip", paths=(".",))
 def folder(root: Path) -> Listing:
     """As torchvision's ImageFolder lists it, but what is hidden, as .ipynb_checkpoints is, is left out."""
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset  # a slow import
@@ -159,33 +217,3 @@ def folder(root: Path) -> Listing:
     label_of = {name: label for label, name in enumerate(classes[0])}
     found = [make_dataset(part, label_of, is_valid_file=is_image) for part in parts]
     return Listing(classes[0], *(tuple(zip(*part, strict=True)) for part in found))
-
-
-SOURCES = {
-    "digits": Source(digits),
-    "cifar10": Source(
-        cifar10,
-        ("cifar-10-batches-py",),
-        archives=(("cifar-10-python.tar.gz", "https://www.cs.toronto.edu/~kriz/", "c58f30108f718f92721af3b95e74349a"),),
-        moments=((0.4914, 0.4823, 0.4468), (0.2470, 0.2435, 0.2616)),
-        # `cat data_batch_*.bin test_batch.bin | sha256sum` in the binary version gives the same.
-        digest="013ba16d14ecc4829da62bf2af648ca30f600491ecb3e7f329c827db0dd17522",
-    ),
-    "gtsrb": Source(
-        gtsrb,
-        ("gtsrb/GTSRB/Final_Training/Images", "gtsrb/GTSRB/Final_Test/Images", "gtsrb/GT-final_test.csv"),
-        archives=(
-            ("gtsrb/GTSRB_Final_Training_Images.zip", GTSRB_URL, "f33fd80ac59bff73c82d25ab499e03a3"),
-            ("gtsrb/GTSRB_Final_Test_Images.zip", GTSRB_URL, "c7e4e6327067d32654124b0fe9e82185"),
-            ("gtsrb/GTSRB_Final_Test_GT.zip", GTSRB_URL, "fe31e9c9270bbcd7b84b7f21a9d9d9e5"),
-        ),
-        moments=((0.3403, 0.3121, 0.3214), (0.2724, 0.2608, 0.2669)),
-    ),
-    "celeba": Source(
-        celeba,
-        ("celeba/img_align_celeba", "celeba/list_attr_celeba.txt", "celeba/list_eval_partition.txt"),
-        moments=((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-    ),
-    "folder": Source(folder, (".",)),
-}
-"""Data sets that configurations can name; `folder` stands for every `folder:/path`."""

@@ -1,0 +1,191 @@
+"""The steps of a study, each a process of its own that the Snakefile or the runner starts.
+
+    python -m eatlib.steps train FOLDER RUN     also: draw FOLDER, check FOLDER
+
+In the folder, `<run>.json` is the one sign that a run is done. `notebooks/` holds the executed notebooks, `log/` what
+was printed, and `work/` what a run needs while it is not done: its lock, checkpoint and progress. Every lock is the
+operating system's, and ends with its process.
+"""
+
+import itertools
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from eatlib.config import RunConfig, Study
+from eatlib.results import ROOT, RunResult, StudyResults, write_atomically
+
+TRAIN_NOTEBOOK = ROOT / "notebooks" / "1_train.ipynb"
+TRADEOFF_NOTEBOOK = ROOT / "notebooks" / "2_tradeoff.ipynb"
+KERNEL = {"kernel_name": "python3", "cwd": str(ROOT)}
+PARENT = "EATLIB_PARENT"
+"""Environment variable in which a process tells those that it starts with whom they have to end."""
+
+
+def result_files(study: Study, folder: Path) -> dict[str, RunConfig]:
+    """The file in which each run has its result, or will have it; a result is known by its hash, not by its name."""
+    found = StudyResults.load(folder, study)
+    names = {result.config_hash: name for name, result in found.runs.items()}
+    return {names.get(run.hash, name): run for name, run in study.runs().items()}
+
+
+def train(folder: Path, name: str) -> None:
+    """Execute the training notebook for one run of the study in `folder`, unless another process has done so.
+
+    The notebook writes its result into the work folder; only one that validates is moved to where it counts.
+    """
+    sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema's optional check compiles a grammar for over a second
+    import papermill
+
+    config = result_files(Study.load(folder / "study.yaml"), folder)[name]
+    work, notebook = folder / "work" / name, folder / "notebooks" / f"{name}.ipynb"
+    for path in (work, notebook.parent):
+        path.mkdir(parents=True, exist_ok=True)
+    with FileLock(work.with_suffix(work.suffix + ".lock")), gpu_of_its_own(config, local_gpus()) as gpu:
+        if (folder / f"{name}.json").exists():
+            return
+        notebook.unlink(missing_ok=True)
+        os.environ |= {"OMP_NUM_THREADS": str(config.threads), "JUPYTER_PREFER_ENV_PATH": "1"}
+        if gpu is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+        papermill.execute_notebook(
+            TRAIN_NOTEBOOK,
+            notebook,
+            config.model_dump(mode="json") | {"work_dir": str(work)},
+            progress_bar=False,
+            **KERNEL,
+            shutdown_kernel="immediate",  # all is written by then, and PyTorch takes a second to end by itself
+        )
+        finished = work / "result.json"
+        if RunResult.load(finished).config_hash != config.hash:
+            raise RuntimeError("the notebook wrote a result of another configuration")
+        weights = finished.with_suffix(".safetensors")
+        if weights.exists():
+            weights.replace(folder / f"{name}.safetensors")
+        finished.replace(folder / f"{name}.json")
+        shutil.rmtree(work)
+
+
+def draw(folder: Path) -> None:
+    """Execute the trade-off notebook on the study in `folder`, and make a self-contained page of it."""
+    import papermill
+    from nbconvert import HTMLExporter
+
+    notebook = folder / "tradeoff.ipynb"
+    values = {"study": folder.name, "results": str(folder.parent)}
+    papermill.execute_notebook(TRADEOFF_NOTEBOOK, notebook, values, progress_bar=False, **KERNEL)
+    options = {"exclude_input": True, "exclude_output_prompt": True, "embed_images": True}
+    exporter = HTMLExporter(**options, mathjax_url="", require_js_url="")
+    write_atomically(notebook.with_suffix(".html"), exporter.from_filename(str(notebook))[0])
+
+
+def check_runs(folder: Path, download: str = "") -> int:
+    """Load the data of each run once, so that no run has to fail, fetch or decode by itself; say what is wrong."""
+    import torch
+
+    from eatlib.data import DataError, load_data
+    from eatlib.models import build_model
+    from eatlib.penalties import choose_layers
+
+    fields = {"dataset", "image_size", "train_samples", "test_samples", "validation_share", "split_seed"}
+    fields |= {"allow_partial", "data_dir", "download"}
+    study = Study.load(folder / "study.yaml")
+    missing = StudyResults.load(folder, study).missing
+    runs = [run for name, run in study.runs().items() if name in missing]
+    problems: dict[str, None] = {}
+    for run in {run.model_dump_json(include=fields): run for run in runs}.values():
+        try:
+            run = run.model_copy(update={"download": run.download or bool(download)})
+            load_data(run, progress=sys.stderr.isatty())
+        except (DataError, OSError) as error:
+            problems[str(error)] = None
+    for run in runs:
+        with torch.device("meta"):
+            model = build_model(run.model, classes=10, image_size=run.image_size, width=run.width)
+        try:
+            choose_layers(model, run.penalty_layers)
+        except ValueError as error:
+            problems[f"penalty_{error}"] = None
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 2 if problems else 0
+
+
+# --- where a process runs, and when it ends -----------------------------------------------------------------------
+
+
+def local_gpus() -> list[str]:
+    """Identifiers of the GPUs that processes started here may use."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        if shutil.which("nvidia-smi") is None:
+            return []
+        command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        listed = "" if done.returncode else ",".join(done.stdout.split())
+    return [gpu for gpu in map(str.strip, listed.split(",")) if re.fullmatch(r"\d+|(GPU|MIG)-.+", gpu)]
+
+
+@contextmanager
+def gpu_of_its_own(config: RunConfig, gpus: list[str]) -> Iterator[str | None]:
+    """Hold one of `gpus` that no other run on this machine holds; None if the run may use none, or there are none."""
+    gpus = gpus if config.device in ("auto", "cuda") else []
+    for gpu in itertools.cycle(gpus):
+        try:
+            with FileLock(Path(tempfile.gettempdir()) / f"eatlib-{os.getuid()}-gpu-{gpu}.lock", timeout=0.5):
+                yield gpu
+                return
+        except Timeout:
+            continue
+    yield None
+
+
+def end_descendants() -> None:
+    """End all processes that this one has started, and those that they have."""
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+
+
+def end_with_parent() -> None:
+    """End this process and those that it started when its parent is gone, also if it is already, or on SIGTERM."""
+    parent = int(os.environ.get(PARENT, os.getppid()))
+    os.environ[PARENT] = str(os.getpid())
+
+    def end(*_: object) -> None:
+        try:
+            end_descendants()
+        finally:
+            os._exit(128 + signal.SIGTERM)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        end()
+
+    signal.signal(signal.SIGTERM, end)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main() -> int:
+    """Do the step that the command line says."""
+    end_with_parent()
+    name, folder, *arguments = sys.argv[1:]
+    return {"train": train, "draw": draw, "check": check_runs}[name](Path(folder), *arguments) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""The penalty of models as people have them: functional calls, smooth activations, pickled, in threads."""
+
+import pickle
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from test_penalties import Net, assert_same, batch, by_penalty, by_plain_hooks, net
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eatlib.models import build_model, with_relus
+from eatlib.penalties import ActivationPenalty, choose_layers
+
+
+def test_smooth_activations_are_refused_and_can_be_swapped():
+    model, images = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.GELU(), nn.SiLU())), torch.rand(2, 3)
+    with ActivationPenalty(model) as penalty:
+        model(images)
+        with pytest.raises(ValueError, match=r"GELU, SiLU .* small values, not zeros.* eatlib\.models\.with_relus"):
+            penalty()
+    assert choose_layers(with_relus(model)) == ["1.0", "1.1"]
+
+
+class Functional(Net):
+    """`Net` without a module that makes zeros."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn2(self.conv2(x))
+        y += x
+        x = self.pool(F.relu6(3 * y.relu_()))
+        x += 0.1
+        return self.fc(torch.relu(self.hidden(x.flatten(1))))
+
+
+def test_functional_calls_are_layers():
+    model, functional, (images, labels) = net(), Functional(), batch()
+    functional.load_state_dict(model.state_dict())
+    assert_same(by_penalty(functional, images, labels), by_plain_hooks(model, images, labels))
+    del functional.relu, functional.relu6
+    with ActivationPenalty(functional) as penalty:
+        functional(images)
+        value = penalty()
+        assert list(penalty.values()) == ["F.relu", "F.relu#2", "F.relu6", "F.relu#3"]
+        assert sum(penalty.values().values()) / 4 == pytest.approx(value.item())
+        assert (
+            repr(penalty)
+            == "ActivationPenalty(l0 of 0 modules of Functional, sigma=0.0001, normalization='layer_mean')"
+        )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "size", "calls"), [("densenet121", 32, 121), ("googlenet", 32, 57), ("inception_v3", 75, 94)]
+)
+def test_torchvisions_networks_with_functional_calls(name, size, calls):
+    model = build_model(name, classes=3, image_size=size)
+    with ActivationPenalty(model.train()) as penalty:
+        loss = model(torch.rand(2, 3, size, size)).square().mean() + penalty()
+        loss.backward()
+        assert len(penalty.values()) == calls
+
+
+def test_a_pickled_model_is_left_alone():
+    model, (images, _) = net(), batch()
+    with ActivationPenalty(model) as penalty:
+        copied = pickle.loads(pickle.dumps(model))
+        model(images)
+        copied(images)
+        assert penalty() > 0
+    assert torch.equal(copied(images), model(images))
+
+
+def test_two_threads_at_once_are_one_clear_error():
+    model, (images, _) = net(), batch()
+    errors = []
+
+    def other_pass(*_: object) -> None:
+        try:
+            model(images)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    with ActivationPenalty(model) as penalty:
+        handle = model.conv2.register_forward_hook(lambda *_: handle.remove() or run_in_a_thread(other_pass))
+        model(images)
+        assert penalty() > 0
+        run_in_a_thread(other_pass)
+        assert penalty() > 0, "one after the other is all right"
+    assert errors == ["the model runs in two threads at once, whose activations the penalty cannot tell apart"]
+
+
+def run_in_a_thread(function: Callable[[], None]) -> None:
+    thread = threading.Thread(target=function)
+    thread.start()
+    thread.join()
