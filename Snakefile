@@ -21,6 +21,11 @@ if os.environ.get(steps.PARENT) == str(os.getppid()):  # not in a job on another
 os.environ[steps.PARENT] = str(os.getpid())
 
 
+def befores(name):
+    """The run whose weights a run starts from, if it does."""
+    return [before] if (before := steps.predecessor(runs, runs[name])) else []
+
+
 localrules: all, figures, study_file
 
 
@@ -53,6 +58,7 @@ rule train:
     input:
         notebook=ancient("notebooks/1_train.ipynb"),  # a changed comment trains nothing again; `-R train` does
         study=ancient(f"{folder}/study.yaml"),
+        before=lambda wildcards: [ancient(f"{folder}/{name}.json") for name in befores(wildcards.run)],
     output:
         f"{folder}/{{run}}.json",
     params:

@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from eatlib.config import RunConfig
-from eatlib.models import ImageClassifier, build_model
+from eatlib.config import RunConfig, file_digest
+from eatlib.models import ImageClassifier, build_model, count_parameters, leaf_modules
 from eatlib.results import Epoch, code_digest, write_atomically
 
 
@@ -89,6 +89,47 @@ def save_weights(model: ImageClassifier, config: RunConfig, classes: list[str], 
     facts = {"config": json.dumps(config.to_dict()), "classes": json.dumps(classes)}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_atomically(path, safetensors.torch.save(tensors, facts))
+
+
+def load_start(model: ImageClassifier, config: RunConfig, path: Path | None) -> None:
+    """Give a network the weights that `config.start` names.
+
+    Args:
+        path: the file, if they are those of another run.
+
+    Raises:
+        CheckpointError: they are not there, or not of this network; with `config.new_head`, the last layer may differ.
+    """
+    kind, _, name = config.start.partition(":")
+    if kind == "torchvision":
+        tensors = _pretrained(model, config, name)
+    else:
+        path = path or Path(config.start.rpartition("@")[0])
+        if not path.is_file() or (not config.starts_from_run and file_digest(path) != config.start.rpartition("@")[2]):
+            raise CheckpointError(f"start = {config.start!r}: no such file, or another one by now")
+        tensors = safetensors.torch.load_file(path)
+    own = model.state_dict()
+    head = [f"{name}." for name, module in leaf_modules(model).items() if count_parameters(module)][-1]
+    tensors |= {key: own[key] for key in own if config.new_head and key.startswith(head)}
+    shapes, own_shapes = ({key: list(tensor.shape) for key, tensor in part.items()} for part in (tensors, own))
+    if other := [key for key in {**own_shapes, **shapes} if own_shapes.get(key) != shapes.get(key)]:
+        facts = [f"{key} {shapes.get(key, 'missing')}, not {own_shapes.get(key, 'there')}" for key in other[:3]]
+        raise CheckpointError(f"start = {config.start!r}: {len(other)} tensors differ: {'; '.join(facts)}")
+    model.load_state_dict(tensors)
+
+
+def _pretrained(model: ImageClassifier, config: RunConfig, name: str) -> dict[str, torch.Tensor]:
+    from torchvision.models import get_model_weights  # a slow import
+
+    try:
+        weights = get_model_weights(config.model)[name]
+    except (KeyError, ValueError):
+        raise CheckpointError(f"start = {config.start!r}: torchvision has no such weights of {config.model}") from None
+    file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    if not file.exists() and not config.download:
+        raise CheckpointError(f"start = {config.start!r}: {file} is not there; download: true may fetch it")
+    tensors = {f"network.{key}": tensor for key, tensor in weights.get_state_dict(check_hash=True).items()}
+    return tensors | {"mean": model.mean, "std": model.std}
 
 
 def load(path: str | Path) -> tuple[ImageClassifier, RunConfig]:

@@ -26,8 +26,11 @@ CONFIG_VERSION = 2
 EXECUTION_FIELDS = frozenset({"data_dir", "download", "device", "save_weights"})
 """Where and how a run is executed. They do not say what is computed, so the hash leaves them out."""
 
-PENALTY_FIELDS = ("penalty", "penalty_layers", "penalty_normalization", "sigma", "warmup_epochs")
+PENALTY_FIELDS = ("penalty", "penalty_layers", "penalty_normalization", "penalty_share", "sigma", "warmup_epochs")
 """Which penalty it is that lambda weighs: they say nothing where lambda is 0."""
+
+LATER_FIELDS = frozenset({"schedule", "warmup_share", "label_smoothing", "penalty_share", "start", "new_head"})
+"""Fields that came when there were results: at their defaults, the hash leaves them out, and these stay valid."""
 
 MAX_RUNS = 10_000
 """Runs that a study may have: more are a slip in a grid."""
@@ -41,6 +44,12 @@ def _no_truth_value(value: Any) -> Any:
 
 Real = Annotated[float, BeforeValidator(_no_truth_value), Field(allow_inf_nan=False)]
 Whole = Annotated[int, BeforeValidator(_no_truth_value)]
+
+
+def file_digest(path: Path) -> str:
+    """12 hex digits of a SHA-256 over what a file holds."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
 class ConfigError(ValueError):
@@ -79,17 +88,30 @@ class RunConfig(BaseModel):
         "relu", description="relu, all (every leaf module), or a list of layer name patterns (fnmatch)"
     )
     penalty_normalization: Literal["layer_mean", "parameters", "energy"] = "layer_mean"
-    warmup_epochs: Whole = Field(0, ge=0, description="lambda rises linearly from 0 over these first epochs")
+    penalty_share: Real = Field(
+        1.0, gt=0, le=1, description="share of each batch's images that the penalty is taken on"
+    )
+    warmup_epochs: Whole = Field(0, ge=0, description="exponential: lambda rises from 0 over these first epochs")
 
     # Optimisation
     epochs: Whole = Field(100, ge=1, le=1_000_000)
     batch_size: Whole = Field(512, ge=2)
-    learning_rate: Real = Field(0.1, gt=0, le=1e6)
-    learning_rate_decay: Real = Field(0.95, gt=0, le=1, description="factor on the learning rate after each epoch")
+    schedule: Literal["exponential", "triangular"] = Field(
+        "exponential",
+        description="triangular: rate and lambda rise over warmup_share of the steps; the rate falls to 0",
+    )
+    learning_rate: Real = Field(0.1, gt=0, le=1e6, description="triangular: at its peak")
+    learning_rate_decay: Real = Field(0.95, gt=0, le=1, description="exponential: factor after each epoch")
+    warmup_share: Real = Field(0.2, ge=0, lt=1, description="triangular: share of the steps with a rising rate")
+    label_smoothing: Real = Field(0.0, ge=0, lt=1, description="share of each label that goes to all classes alike")
     momentum: Real = Field(0.9, ge=0, lt=1)
     nesterov: bool = True
     weight_decay: Real = Field(5e-4, ge=0, le=1e6)
     precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast in training")
+    start: str | None = Field(
+        None, description="weights to begin with: another run's hash, a path of safetensors, or torchvision:WEIGHTS"
+    )
+    new_head: bool = Field(False, description="with start: draw the last layer anew, for other classes")
     compile: bool = Field(False, description="torch.compile the network in training")
     seed: Whole = Field(0, ge=0, lt=2**63, description="drives weights, order and augmentation")
     threads: Whole = Field(1, ge=1, le=1024, description="PyTorch's CPU threads, which decide the order of sums")
@@ -137,6 +159,16 @@ class RunConfig(BaseModel):
     def _known_hardware(cls, value: str) -> str:
         return find_hardware(value).name
 
+    @field_validator("start")
+    @classmethod
+    def _known_start(cls, value: str | None) -> str | None:
+        """A file's digest becomes a part of the value, as PATH@DIGEST."""
+        if value is None or re.fullmatch(r"[0-9a-f]{12}|torchvision:\w+|.+\.safetensors@[0-9a-f]{12}", value):
+            return value
+        if not value.endswith(".safetensors") or not Path(value).is_file():
+            raise ValueError("must be a run's hash, the path of a safetensors file, or torchvision:WEIGHTS")
+        return f"{value}@{file_digest(Path(value))}"
+
     @model_validator(mode="before")
     @classmethod
     def _fill_dataset_defaults(cls, values: Any) -> Any:
@@ -178,7 +210,16 @@ class RunConfig(BaseModel):
     def computed(self) -> dict[str, Any]:
         """The fields that say what is computed: no `EXECUTION_FIELDS`; with lambda 0, no `PENALTY_FIELDS` either."""
         silent = EXECUTION_FIELDS | (set(PENALTY_FIELDS) if self.lambda_ == 0 else set())
-        return {key: value for key, value in self.to_dict().items() if key not in silent}
+        silent |= {key for key in LATER_FIELDS if getattr(self, key) == type(self).model_fields[key].default}
+        values = {key: value for key, value in self.to_dict().items() if key not in silent}
+        if "start" in values:
+            values["start"] = values["start"].rpartition("@")[2]  # what a file holds, wherever it lies
+        return values
+
+    @property
+    def starts_from_run(self) -> bool:
+        """Whether `start` is the hash of another run."""
+        return bool(self.start and re.fullmatch("[0-9a-f]{12}", self.start))
 
     @property
     def hash(self) -> str:
@@ -188,12 +229,17 @@ class RunConfig(BaseModel):
 
 
 class Block(BaseModel):
-    """A grid within a study: the product of the axes in `grid`, each run with the values in `fixed`."""
+    """A grid within a study: the product of the axes in `grid`, each run with the values in `fixed`.
+
+    With a `path`, each point of the grid is a chain of runs: every step starts from the weights of the one before, and
+    has its values where it sets no others.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     fixed: dict[str, Any] = {}
     grid: dict[str, list[Any]] = {}
+    path: list[dict[str, Any]] = [{}]
 
 
 class Study(BaseModel):
@@ -235,18 +281,21 @@ class Study(BaseModel):
         runs: dict[str, RunConfig] = {}
         for index, block in enumerate(self.blocks, start=1):
             where = f"study {self.name}, block {index}"
-            twice = block.grid.keys() & (self.fixed | block.fixed).keys()
+            own = self.fixed | block.fixed
+            twice = block.grid.keys() & {*own, *itertools.chain(*block.path)}
             if twice:
-                raise ConfigError(f"{where}: {sorted(twice)} both fixed and in the grid")
+                raise ConfigError(f"{where}: {sorted(twice)} both in the grid and fixed, or in the path")
             for axis, values in block.grid.items():
                 if not values:
                     raise ConfigError(f"{where}: grid axis {axis!r} has no values")
             for values in itertools.product(*block.grid.values()):
                 if len(runs) == MAX_RUNS:
                     raise ConfigError(f"{where}: more than {MAX_RUNS:,} runs")
-                point = self.fixed | block.fixed | dict(zip(block.grid, values, strict=True))
-                run = RunConfig.parse(point, where)
-                runs.setdefault(run.hash, run)
+                point, before = own | dict(zip(block.grid, values, strict=True)), None
+                for step in block.path:
+                    point |= step if before is None else {"start": before} | step
+                    run = RunConfig.parse(point, where)
+                    before = runs.setdefault(run.hash, run).hash
         return _named(runs.values())
 
     def to_yaml(self) -> str:
@@ -275,8 +324,10 @@ def _named(runs: Collection[RunConfig]) -> dict[str, RunConfig]:
     named: dict[str, RunConfig] = {}
     for run in runs:
         parts = [Path(run.dataset).name, run.model]
+        if run.start:
+            parts.append("path" if run.starts_from_run else Path(run.start.rpartition("@")[0] or run.start).stem)
         for key, value in run.computed().items():
-            if key in ("lambda", "seed") or len(seen[run.dataset, run.model, key]) > 1:
+            if key in ("lambda", "seed") or (key != "start" and len(seen[run.dataset, run.model, key]) > 1):
                 text = f"{value:g}" if isinstance(value, float) else str(value)
                 parts.append(text if isinstance(value, str) else f"{key}{text}")
         name = "_".join(re.sub(r"[^A-Za-z0-9._=,-]+", "-", part)[:60].strip("-") for part in parts)

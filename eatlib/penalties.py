@@ -134,6 +134,8 @@ class ActivationPenalty:
         normalization: "layer_mean": the mean over a layer's elements, then over the layers (the authors' attack code);
             "parameters": the sum over all elements of a sample over the model's parameters, as the mean over the
             batch (the paper's text); "energy": each layer weighted by its entry in `costs`.
+        share: of each batch's images, the first ones, that the penalty is taken on. As batches are shuffled, it is an
+            unbiased estimate of the whole, and costs less.
         costs: for "energy": by layer call, energy of one non-zero element as a share of the energy of one image
             without zero-skipping (`eatlib.energy.activation_cost` times its number of images). With "l0", the sum
             over the layers of `layers="relu"` is then a smooth estimate of the activations' part of the energy ratio.
@@ -150,6 +152,7 @@ class ActivationPenalty:
         sigma: float = 1e-4,
         layers: str | Iterable[str] = "relu",
         normalization: Normalization = "layer_mean",
+        share: float = 1.0,
         costs: Mapping[str, float] | None = None,
     ) -> None:
         if not callable(penalty) and penalty not in PENALTIES:
@@ -158,6 +161,8 @@ class ActivationPenalty:
             raise ValueError(f"sigma = {sigma!r}: must be a finite number from 1e-30 up")
         if normalization not in (allowed := get_args(Normalization)):
             raise ValueError(f"normalization = {normalization!r}: must be one of {', '.join(allowed)}")
+        if not 0 < share <= 1:
+            raise ValueError(f"share = {share!r}: must be above 0, and at most 1")
         if (normalization == "energy") != (costs is not None):
             raise ValueError(f"normalization = {normalization!r}: costs go with 'energy', and only with it")
         if hasattr(model, "_orig_mod"):
@@ -167,7 +172,7 @@ class ActivationPenalty:
         self.layers = choose_layers(model, layers)
         self._model = model
         self._penalty = penalty if callable(penalty) else PENALTIES[penalty]
-        self._sigma, self._normalization, self._costs = sigma, normalization, costs
+        self._sigma, self._normalization, self._costs, self._share = sigma, normalization, costs, share
         self._parameters = count_parameters(model)
         self._terms: dict[str, Tensor] = {}
         self._latest: dict[str, Tensor] = {}
@@ -259,6 +264,8 @@ class ActivationPenalty:
         """Penalise the output of a layer's call; `keeps`: its own gradient needs it, so that nothing overwrites it."""
         if self._running and self._with_gradient and not torch.is_grad_enabled():
             raise RuntimeError(f"{name} runs without gradients: leave it out, or checkpoint with use_reentrant=False")
+        if self._share < 1:
+            x = x[: max(1, round(self._share * len(x)))]
         value = self._penalty(x if keeps else x.clone(), self._sigma)
         if self._running:  # what gradient checkpointing computes once more, later, is no new pass
             calls = sum(label.partition("#")[0] == name for label in self._terms)

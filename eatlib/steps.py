@@ -40,41 +40,60 @@ def result_files(study: Study, folder: Path) -> dict[str, RunConfig]:
     return {names.get(run.hash, name): run for name, run in study.runs().items()}
 
 
-def train(folder: Path, name: str) -> None:
+def predecessor(files: dict[str, RunConfig], config: RunConfig) -> str | None:
+    """The name of the run whose weights this one starts from."""
+    return next((name for name, run in files.items() if run.hash == config.start), None)
+
+
+def train(folder: Path, name: str, *, for_weights: bool = False) -> None:
     """Execute the training notebook for one run of the study in `folder`, unless another process has done so.
 
-    The notebook writes its result into the work folder; only one that validates is moved to where it counts.
+    The notebook writes its result into the work folder; only one that validates is moved to where it counts. Weights
+    stay for as long as a run without a result starts from them, or with `save_weights`.
+
+    Args:
+        for_weights: train also if there is a result, to have the same weights once more.
     """
     sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema's optional check compiles a grammar for over a second
     import papermill
 
-    config = result_files(Study.load(folder / "study.yaml"), folder)[name]
+    files = result_files(Study.load(folder / "study.yaml"), folder)
+    config, before = files[name], predecessor(files, files[name])
+    result, weights = folder / f"{name}.json", folder / f"{name}.safetensors"
     work, notebook = folder / "work" / name, folder / "notebooks" / f"{name}.ipynb"
+    start = folder / f"{before}.safetensors" if before else None
     for path in (work, notebook.parent):
         path.mkdir(parents=True, exist_ok=True)
-    with FileLock(work.with_suffix(work.suffix + ".lock")), gpu_of_its_own(config, local_gpus()) as gpu:
-        if (folder / f"{name}.json").exists():
+    with FileLock(work.with_suffix(work.suffix + ".lock")):
+        if (weights if for_weights else result).exists():
             return
+        if start and not start.exists():
+            train(folder, before, for_weights=True)
         notebook.unlink(missing_ok=True)
         os.environ |= {"OMP_NUM_THREADS": str(config.threads), "JUPYTER_PREFER_ENV_PATH": "1"}
-        if gpu is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-        papermill.execute_notebook(
-            TRAIN_NOTEBOOK,
-            notebook,
-            config.model_dump(mode="json") | {"work_dir": str(work)},
-            progress_bar=False,
-            **KERNEL,
-            shutdown_kernel="immediate",  # all is written by then, and PyTorch takes a second to end by itself
-        )
+        with gpu_of_its_own(config, local_gpus()) as gpu:
+            if gpu is not None:
+                os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+            papermill.execute_notebook(
+                TRAIN_NOTEBOOK,
+                notebook,
+                config.model_dump(mode="json") | {"work_dir": str(work), "start_weights": str(start or "")},
+                progress_bar=False,
+                **KERNEL,
+                shutdown_kernel="immediate",  # all is written by then, and PyTorch takes a second to end by itself
+            )
         finished = work / "result.json"
         if RunResult.load(finished).config_hash != config.hash:
             raise RuntimeError("the notebook wrote a result of another configuration")
-        weights = finished.with_suffix(".safetensors")
-        if weights.exists():
-            weights.replace(folder / f"{name}.safetensors")
-        finished.replace(folder / f"{name}.json")
+        if finished.with_suffix(".safetensors").exists():  # not if this process was killed between here and the end
+            finished.with_suffix(".safetensors").replace(weights)
+        if not result.exists():
+            finished.replace(result)
         shutil.rmtree(work)
+        for run in filter(None, (None if for_weights else name, before)):
+            needed = (folder / f"{other}.json" for other in files if predecessor(files, files[other]) == run)
+            if not files[run].save_weights and all(path.exists() for path in needed):
+                (folder / f"{run}.safetensors").unlink(missing_ok=True)
 
 
 def draw(folder: Path) -> None:
@@ -91,32 +110,29 @@ def draw(folder: Path) -> None:
 
 
 def check_runs(folder: Path, download: str = "") -> int:
-    """Load the data of each run once, so that no run has to fail, fetch or decode by itself; say what is wrong."""
-    import torch
-
-    from eatlib.data import DataError, load_data
+    """Load the data of each run once, so that none has to fail, fetch or decode by itself; say what is wrong."""
+    from eatlib.checkpoint import CheckpointError, load_start
+    from eatlib.data import load_data
     from eatlib.models import build_model
     from eatlib.penalties import choose_layers
 
-    fields = {"dataset", "image_size", "train_samples", "test_samples", "validation_share", "split_seed"}
-    fields |= {"allow_partial", "data_dir", "download"}
+    fields = {"dataset", "image_size", "train_samples", "test_samples", "validation_share", "split_seed", "data_dir"}
+    fields |= {"allow_partial", "download", "model", "width", "penalty_layers", "new_head"}
     study = Study.load(folder / "study.yaml")
     missing = StudyResults.load(folder, study).missing
     runs = [run for name, run in study.runs().items() if name in missing]
+    starts = {run: None if run.starts_from_run else run.start for run in runs}
     problems: dict[str, None] = {}
-    for run in {run.model_dump_json(include=fields): run for run in runs}.values():
+    for run, start in {(run.model_dump_json(include=fields), starts[run]): (run, starts[run]) for run in runs}.values():
         try:
             run = run.model_copy(update={"download": run.download or bool(download)})
-            load_data(run, progress=sys.stderr.isatty())
-        except (DataError, OSError) as error:
-            problems[str(error)] = None
-    for run in runs:
-        with torch.device("meta"):
-            model = build_model(run.model, classes=10, image_size=run.image_size, width=run.width)
-        try:
+            data = load_data(run, progress=sys.stderr.isatty())
+            model = build_model(run.model, classes=len(data.classes), image_size=run.image_size, width=run.width)
             choose_layers(model, run.penalty_layers)
-        except ValueError as error:
-            problems[f"penalty_{error}"] = None
+            if start:
+                load_start(model, run, None)
+        except (ValueError, CheckpointError, OSError) as error:
+            problems[str(error)] = None
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return 2 if problems else 0

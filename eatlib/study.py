@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from eatlib.config import ConfigError, RunConfig, Study
 from eatlib.results import ROOT, ResultError, RunResult, StudyResults, write_atomically
-from eatlib.steps import PARENT, end_descendants, local_gpus, result_files
+from eatlib.steps import PARENT, end_descendants, local_gpus, predecessor, result_files
 
 
 class StudyError(Exception):
@@ -73,11 +73,14 @@ def show_plan(study: Study, folder: Path) -> None:
             epochs.setdefault(_kind(result.config), []).extend(epoch.seconds for epoch in result.history)
     done = StudyResults.load(folder, study).runs
     seconds: list[float | None] = []
-    for name, run in result_files(study, folder).items():
+    files = result_files(study, folder)
+    for name, run in files.items():
         if name in done:
             print(f"{name}  done in {_duration(done[name].provenance.wall_seconds)}")
             continue
         reason = "its JSON is another configuration's" if (folder / f"{name}.json").exists() else "no result"
+        if before := predecessor(files, run):
+            reason += f", starts from {before}"
         like = epochs.get(_kind(run))
         seconds.append(run.epochs * statistics.median(like) if like else None)
         print(f"{name}  to train ({reason}), {f'about {_duration(seconds[-1])}' if like else 'no like has run'}")
@@ -188,7 +191,9 @@ def run(name: str, arguments: argparse.Namespace, options: list[str]) -> int:
             (folder / "log" / f"{name}.log").unlink(missing_ok=True)
         status = run_engine(folder, names, options)
         if problems := failures(folder, names):
+            waiting = sum(not (folder / f"{name}.json").exists() for name in names) - len(problems)
             problems.append(f"{len(problems)} runs failed; the next call runs only these again")
+            problems += [f"{waiting} runs were not tried, as they start from these"] * bool(waiting)
             print(*problems, sep="\n", file=sys.stderr)
             subprocess.run([sys.executable, "-m", "eatlib.steps", "draw", str(folder)], capture_output=True)
         elif status:

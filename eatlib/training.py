@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from eatlib import results
-from eatlib.checkpoint import TrainingState, save_weights
+from eatlib.checkpoint import TrainingState, load_start, save_weights
 from eatlib.config import RunConfig
-from eatlib.data import Data, Split, batches, load_data, training_batches
+from eatlib.data import Data, Split, batches, count_batches, load_data, training_batches
 from eatlib.energy import ACCOUNTINGS, EnergyMeter, activation_cost
 from eatlib.models import build_model, count_parameters
 from eatlib.penalties import ActivationPenalty
@@ -41,26 +41,29 @@ def train_one_epoch(
     training_images: Iterable[tuple[Tensor, Tensor]],
     optimizer: torch.optim.Optimizer,
     penalty: ActivationPenalty | None,
-    lambda_: float,
+    settings: Iterable[tuple[float, float]],
     *,
     device: torch.device,
     bfloat16: bool = False,
+    label_smoothing: float = 0.0,
 ) -> EpochMeans:
     """Algorithm 1 of the paper, one pass over the training images, with the sign of its eq. 3.
 
     Args:
         penalty: attached to `model`; None for standard training.
-        lambda_: the penalty's weight.
+        settings: learning rate and lambda, the penalty's weight, of each step.
         bfloat16: run the network in bfloat16 where autocast does so; loss and penalty are float32 either way.
     """
     model.train()
     seen = 0
     sums = torch.zeros(3, device=device)  # read when the epoch is over: reading makes an accelerator wait
-    for images, labels in training_images:
+    for (images, labels), (rate, lambda_) in zip(training_images, settings, strict=True):
         images, labels = images.to(device), labels.to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits = model(images).float()
-        loss = F.cross_entropy(logits, labels)
+        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         penalty_term = penalty() if penalty is not None else torch.zeros_like(loss)
         objective = loss + lambda_ * penalty_term if penalty is not None else loss
         optimizer.zero_grad()
@@ -76,8 +79,9 @@ def train_one_epoch(
 def fit(
     config: RunConfig,
     *,
+    start: Path | None = None,
     checkpoint: Path | None = None,
-    weights_path: Path | None = None,
+    save_weights_to: Path | None = None,
     on_epoch: Callable[[results.Epoch], None] | None = None,
     data: Data | None = None,
     progress: bool = False,
@@ -88,67 +92,67 @@ def fit(
     machine; also if it was interrupted after any epoch and resumed.
 
     Args:
+        start: the weights of the run that `config.start` names, as `save_weights_to` has them.
         checkpoint: a file for this run alone, from which it resumes if it was interrupted. It stays when the run is
             over, for the caller to remove once the result is safe; None: no checkpoints.
-        weights_path: safetensors file for the trained weights, written if `config.save_weights`; beside the result,
-            under its name, `load` finds it.
+        save_weights_to: safetensors file for the trained weights; beside the result, under its name, `load` finds it.
         on_epoch: called after each epoch, whose checkpoint is written by then; not for those before a resumption.
         data: the configuration's images, if the caller has loaded them already.
         progress: show a bar over all steps.
 
     Raises:
         TrainingError: the loss became infinite or NaN.
-        ValueError: the device or the penalty's layers do not exist; `config.save_weights` without `weights_path`.
+        ValueError: the device or the penalty's layers do not exist.
+        CheckpointError: the weights to start from are not there, or do not fit.
     """
-    start = time.perf_counter()
-    if config.save_weights and weights_path is None:
-        raise ValueError("save_weights = True: fit needs the file to save them to, weights_path=PATH")
+    began = time.perf_counter()
     device = find_device(config.device)
     if data is None:
         data = load_data(config)
     train, validation, test = (split.to(device) for split in (data.train, data.validation, data.test))
-    bfloat16 = config.precision == "bfloat16"
     with _execution(config, device):
-        state = _fresh_state(config, data, device)
+        state = _fresh_state(config, data, device, start)
         if checkpoint is not None:
             state.resume(checkpoint, config, data.info.digest)
         model, before = state.model, state.seconds
-        steps = math.ceil(len(train) / config.batch_size)
+        options = {
+            "device": device,
+            "bfloat16": config.precision == "bfloat16",
+            "label_smoothing": config.label_smoothing,
+        }
+        steps = count_batches(len(train), config.batch_size)
         bar = tqdm(initial=steps * len(state.history), total=steps * config.epochs, unit="step", disable=not progress)
         with bar, _attach_penalty(config, model, train) as penalty:
             network = torch.compile(model) if config.compile else model
             for epoch in range(len(state.history) + 1, config.epochs + 1):
                 epoch_start = time.perf_counter()
-                rate, lambda_ = learning_rate_at(config, epoch), lambda_at(config, epoch)
-                state.optimizer.param_groups[0]["lr"] = rate
+                settings = [setting(config, (epoch - 1) * steps + step, steps) for step in range(steps)]
                 images = training_batches(train, config.batch_size, config.augmentation, state.generator)
                 images = _counted(images, bar)
-                means = train_one_epoch(
-                    network, images, state.optimizer, penalty, lambda_, device=device, bfloat16=bfloat16
-                )
+                means = train_one_epoch(network, images, state.optimizer, penalty, settings, **options)
                 logits = predict(model, validation, device=device)
                 facts = means._asdict() | {"validation_loss": F.cross_entropy(logits, validation.labels).item()}
                 _require_finite(facts, config, epoch)
                 record = results.Epoch(
                     epoch=epoch,
-                    learning_rate=rate,
-                    lambda_=lambda_,
+                    learning_rate=settings[-1][0],
+                    lambda_=settings[-1][1],
                     **means._asdict(),
                     validation_accuracy=(logits.argmax(1) == validation.labels).double().mean().item(),
                     seconds=round(time.perf_counter() - epoch_start, 3),
                 )
                 state.history.append(record)
                 bar.set_postfix(epoch=epoch, loss=means.loss, validation_accuracy=record.validation_accuracy)
-                state.seconds = before + time.perf_counter() - start
+                state.seconds = before + time.perf_counter() - began
                 if checkpoint is not None:
                     state.save(checkpoint, config, data.info.digest)
                 if on_epoch is not None:
                     on_epoch(state.history[-1])
-        options = {"batch_size": config.energy_batch_size, "hardware": config.hardware, "device": device}
-        validated, tested = (evaluate(model, split, **options) for split in (validation, test))
-        if config.save_weights:
-            save_weights(model, config, data.classes, weights_path)
-        seconds = before + time.perf_counter() - start
+        measure = {"batch_size": config.energy_batch_size, "hardware": config.hardware, "device": device}
+        validated, tested = (evaluate(model, split, **measure) for split in (validation, test))
+        if save_weights_to is not None:
+            save_weights(model, config, data.classes, save_weights_to)
+        seconds = before + time.perf_counter() - began
         return results.RunResult(
             config_hash=config.hash,
             config=config,
@@ -166,11 +170,13 @@ def _counted(batches: Iterable[tuple[Tensor, Tensor]], bar: tqdm) -> Iterator[tu
         bar.update()
 
 
-def _fresh_state(config: RunConfig, data: Data, device: torch.device) -> TrainingState:
-    """The network and its optimiser as the configuration's seed draws them."""
+def _fresh_state(config: RunConfig, data: Data, device: torch.device, start: Path | None = None) -> TrainingState:
+    """The network, its weights drawn by the configuration's seed or those it starts from, and its optimiser."""
     torch.manual_seed(config.seed)
     size = {"classes": len(data.classes), "image_size": config.image_size, "width": config.width}
     model = build_model(config.model, **size, mean=data.mean, std=data.std)
+    if config.start is not None:
+        load_start(model, config, start)
     model = model.to(device).to(memory_format=memory_format(model))
     options = {"momentum": config.momentum, "weight_decay": config.weight_decay, "nesterov": config.nesterov}
     optimizer = torch.optim.SGD(model.parameters(), config.learning_rate, **options)
@@ -187,14 +193,21 @@ def _require_finite(facts: dict[str, float], config: RunConfig, epoch: int) -> N
             )
 
 
-def learning_rate_at(config: RunConfig, epoch: int) -> float:
-    """The learning rate in an epoch, counted from 1: it decays exponentially."""
-    return config.learning_rate * config.learning_rate_decay ** (epoch - 1)
+def setting(config: RunConfig, step: int, steps: int) -> tuple[float, float]:
+    """Learning rate and lambda of a step, counted from 0, where an epoch has so many `steps`.
 
-
-def lambda_at(config: RunConfig, epoch: int) -> float:
-    """The penalty's weight in an epoch, counted from 1: it rises linearly from 0 over the warm-up epochs."""
-    return config.lambda_ * min(1.0, (epoch - 1) / config.warmup_epochs if config.warmup_epochs else 1.0)
+    `exponential` (the paper's): they change from epoch to epoch. The rate decays; lambda rises from 0 over the warm-up
+    epochs. `triangular`: they change from step to step. Both rise over the first `warmup_share` of all steps; then the
+    rate falls, to reach 0 after the last.
+    """
+    if config.schedule == "triangular":
+        total = config.epochs * steps
+        rise = config.warmup_share * total
+        risen = min(1.0, (step + 1) / rise) if rise else 1.0
+        return config.learning_rate * min(risen, (total - step) / (total - rise)), config.lambda_ * risen
+    epoch = step // steps
+    risen = min(1.0, epoch / config.warmup_epochs) if config.warmup_epochs else 1.0
+    return config.learning_rate * config.learning_rate_decay**epoch, config.lambda_ * risen
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
@@ -296,4 +309,4 @@ def _attach_penalty(
         images = train.images[: config.energy_batch_size]
         costs = {name: share * len(images) for name, share in activation_cost(model, images, config.hardware).items()}
     options = {"sigma": config.sigma, "layers": config.penalty_layers, "normalization": config.penalty_normalization}
-    return ActivationPenalty(model, config.penalty, **options, costs=costs)
+    return ActivationPenalty(model, config.penalty, **options, costs=costs, share=config.penalty_share)

@@ -4,12 +4,13 @@ import random
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_training import assert_same_weights, configuration, one_thread, without_timings  # noqa: F401
 
 from eatlib import results
-from eatlib.checkpoint import CheckpointError, load
+from eatlib.checkpoint import CheckpointError, load, load_start
 from eatlib.data import load_data
+from eatlib.models import build_model
 from eatlib.training import evaluate, fit
 
 
@@ -29,15 +30,15 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path):
     epochs = 4
     stop = random.randint(1, epochs)
     config = configuration(epochs=epochs, save_weights=True, warmup_epochs=1)
-    whole = fit(config, weights_path=tmp_path / "whole.safetensors")
+    whole = fit(config, save_weights_to=tmp_path / "whole.safetensors")
     checkpoint = tmp_path / "c" / "checkpoint.pt"
     with pytest.raises(StopHereError):
-        fit(config, checkpoint=checkpoint, weights_path=tmp_path / "no.safetensors", on_epoch=interrupt_after(stop))
+        fit(config, checkpoint=checkpoint, save_weights_to=tmp_path / "no.safetensors", on_epoch=interrupt_after(stop))
     assert not (tmp_path / "no.safetensors").exists()
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
     torch.rand(3)
     seen = []
-    resumed = fit(config, checkpoint=checkpoint, weights_path=tmp_path / "resumed.safetensors", on_epoch=seen.append)
+    resumed = fit(config, checkpoint=checkpoint, save_weights_to=tmp_path / "resumed.safetensors", on_epoch=seen.append)
     assert [epoch.epoch for epoch in seen] == list(range(stop + 1, epochs + 1))
     assert without_timings(resumed) == without_timings(whole), f"interrupted after epoch {stop}"
     assert_same_weights(tmp_path / "whole.safetensors", tmp_path / "resumed.safetensors")
@@ -91,7 +92,7 @@ def test_a_checkpoint_of_another_number_of_threads_is_another_runs(tmp_path):
 def test_weights_are_kept_and_loaded(tmp_path):
     config = configuration(epochs=1, save_weights=True)
     data = load_data(config)
-    result = fit(config, data=data, weights_path=tmp_path / "run_0.5.safetensors")
+    result = fit(config, data=data, save_weights_to=tmp_path / "run_0.5.safetensors")
     result.save(tmp_path / "run_0.5.json")
     for name in ("run_0.5.json", "run_0.5.safetensors"):
         model, loaded = load(tmp_path / name)
@@ -109,5 +110,55 @@ def test_weights_are_kept_and_loaded(tmp_path):
     (tmp_path / "foreign.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="no trained weights of eatlib"):
         load(tmp_path / "foreign.safetensors")
-    with pytest.raises(ValueError, match="weights_path=PATH"):
+
+
+# --- where a run starts ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_starts_from_weights(tmp_path):
+    path = tmp_path / "first.safetensors"
+    first = fit(configuration(epochs=2), save_weights_to=path)
+    changes = {"epochs": 1, "learning_rate": 1e-9, "lambda": 0.0}
+    for config, start in (
+        (configuration(start=first.config_hash, **changes), path),
+        (configuration(start=str(path), **changes), None),
+    ):
+        fit(config, start=start, save_weights_to=tmp_path / "second.safetensors")
+        before, after = (load_file(file)["fc.weight"] for file in (path, tmp_path / "second.safetensors"))
+        torch.testing.assert_close(before, after)
+        assert config.hash not in (first.config_hash, configuration(**changes).hash)
+    with pytest.raises(CheckpointError, match=f"start = '{first.config_hash}': no such file"):
+        fit(configuration(start=first.config_hash, **changes))
+    config = configuration(start=str(path), **changes)
+    fit(configuration(epochs=2, seed=1), save_weights_to=path)
+    with pytest.raises(CheckpointError, match="no such file, or another one by now"):
         fit(config)
+    assert configuration(start=str(path), **changes).hash != config.hash
+
+
+def test_weights_of_another_network_are_refused_by_layer(tmp_path):
+    path = tmp_path / "w.safetensors"
+    fit(configuration(epochs=1), save_weights_to=path)
+    with pytest.raises(CheckpointError, match=r"differ: features\.conv1_1\.weight \[4, 3, 3, 3\], not \[8, 3, 3, 3\]"):
+        fit(configuration(start=str(path), width=0.125))
+    tensors = load_file(path)
+    save_file(tensors | {"fc.weight": torch.zeros(7, 32), "fc.bias": torch.zeros(7)}, path)
+    with pytest.raises(CheckpointError, match=r"2 tensors differ: fc\.weight \[7, 32\], not \[10, 32\]"):
+        fit(configuration(start=str(path)))
+    fit(configuration(start=str(path), new_head=True, epochs=1))
+
+
+def test_torchvisions_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    config = configuration(
+        model="squeezenet1_1", width=1, image_size=32, start="torchvision:IMAGENET1K_V1", new_head=True
+    )
+    with pytest.raises(CheckpointError, match=r"squeezenet1_1-b8a52dc0\.pth is not there; download: true may fetch it"):
+        fit(config)
+    with pytest.raises(CheckpointError, match="torchvision has no such weights of squeezenet1_1"):
+        fit(config.model_copy(update={"start": "torchvision:NONE"}))
+    from torchvision.models import SqueezeNet1_1_Weights, squeezenet1_1
+
+    monkeypatch.setattr(SqueezeNet1_1_Weights, "get_state_dict", lambda self, **_: squeezenet1_1().state_dict())
+    model = build_model("squeezenet1_1", classes=10, image_size=32)
+    load_start(model, config.model_copy(update={"download": True}), None)

@@ -7,7 +7,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eatlib.config import EXECUTION_FIELDS, ConfigError, RunConfig, Study
+from eatlib.config import EXECUTION_FIELDS, LATER_FIELDS, ConfigError, RunConfig, Study
 
 
 def test_defaults_are_the_paper_protocol():
@@ -155,13 +155,46 @@ def test_a_runs_name_says_what_varies_among_the_runs_of_its_data_set_and_network
     assert re.fullmatch(last[0] + r"_\w{12}", last[1]), "what is written alike is told apart by its hash"
 
 
+def test_a_path_is_a_chain_of_runs_of_which_each_starts_from_the_one_before(tmp_path):
+    text = """
+        label: test
+        blocks:
+          - grid: {seed: [0, 1], sigma: [1.0e-2, 1.0e-4]}
+            fixed: {schedule: triangular}
+            path: [{lambda: 0, epochs: 10}, {lambda: 1, epochs: 3}, {lambda: 2}]
+          - grid: {lambda: [2]}
+            fixed: {schedule: triangular, epochs: 3}
+        """
+    runs = study(tmp_path, text).runs()
+    assert list(runs)[:5] == [
+        "digits_resnet18_lambda0_epochs10_seed0",
+        "digits_resnet18_path_lambda1_sigma0.01_epochs3_seed0",
+        "digits_resnet18_path_lambda2_sigma0.01_epochs3_seed0",
+        "digits_resnet18_path_lambda1_sigma0.0001_epochs3_seed0",
+        "digits_resnet18_path_lambda2_sigma0.0001_epochs3_seed0",
+    ]
+    st, first, second, other, _, *_ = runs.values()
+    assert (st.start, first.start, second.start, other.start) == (None, st.hash, first.hash, st.hash)
+    assert len(runs) == 2 * (1 + 2 * 2) + 1
+    assert len({run.hash for run in runs.values()}) == len(runs)
+    with pytest.raises(ConfigError, match=r"'seed'.*both in the grid and fixed, or in the path"):
+        study(tmp_path, "label: x\nblocks: [{grid: {seed: [1]}, path: [{seed: 2}]}]")
+
+
+def test_fields_that_came_later_leave_older_hashes_as_they_were():
+    older = RunConfig(seed=1)
+    assert older.hash == RunConfig(seed=1, schedule="exponential", penalty_share=1.0, start=None).hash
+    assert older.hash != RunConfig(seed=1, label_smoothing=0.1).hash
+    assert not LATER_FIELDS & older.computed().keys()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("label: x\nblocks: []", "blocks"),
         ("label: x\nblock: []", "unknown field 'block'"),
         ("label: x\nblocks: [{grid: {lambda: []}}]", "'lambda' has no values"),
-        ("label: x\nfixed: {seed: 1}\nblocks: [{grid: {seed: [1]}}]", "seed.*both fixed and in the grid"),
+        ("label: x\nfixed: {seed: 1}\nblocks: [{grid: {seed: [1]}}]", "seed.*both in the grid and fixed"),
         ("label: x\nblocks: [{grid: {sigma: [-1]}}]", "sigma = -1"),
         ("[1, 2]", "must be a mapping"),
         ("a: [", "not a YAML file"),

@@ -30,7 +30,7 @@ def test_the_training_notebook_has_every_field_and_no_other():
     notebook = nbformat.read(ROOT / "notebooks" / "1_train.ipynb", as_version=4)
     (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     names = [statement.target.id for statement in ast.parse(cell.source).body]
-    assert names == [*RunConfig.model_fields, "work_dir"]
+    assert names == [*RunConfig.model_fields, "start_weights", "work_dir"]
 
 
 def test_what_is_selected_and_averaged_stands_in_short_cells():

@@ -96,3 +96,20 @@ def run_in_a_thread(function: Callable[[], None]) -> None:
     thread = threading.Thread(target=function)
     thread.start()
     thread.join()
+
+
+@pytest.mark.parametrize("normalization", ["layer_mean", "parameters"])
+def test_a_share_of_the_images_is_an_unbiased_estimate_of_the_whole(normalization):
+    """Over all rotations of a batch every image is once in the share: the mean of the estimates is the whole."""
+    model, (images, _) = net(), batch(8)
+    model.bn1.eval(), model.bn2.eval()
+    options = {"sigma": 1e-2, "normalization": normalization}
+    with ActivationPenalty(model, **options) as penalty:
+        model(images)
+        whole = penalty()
+    with ActivationPenalty(model, share=0.25, **options) as penalty:
+        parts = [(model(images.roll(shift, 0)), penalty())[1] for shift in range(8)]
+    assert max(parts) > 1.02 * min(parts)
+    torch.testing.assert_close(torch.stack(parts).mean(), whole, rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="share = 0: must be above 0, and at most 1"):
+        ActivationPenalty(model, share=0)

@@ -31,6 +31,8 @@ if config.seed == 13:
 with Path(work_dir).parent.with_name("executions").open("a") as file:
     file.write(Path(work_dir).name + chr(10))
 time.sleep(0.2)
+assert Path(start_weights).is_file() == config.starts_from_run
+Path(work_dir, "result.safetensors").touch()
 made_up_result(**config.to_dict()).save(Path(work_dir, 'result.json'))
 """
 
@@ -53,7 +55,7 @@ def project(tmp_path):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "Snakefile", root)
     (root / "notebooks").mkdir()
-    notebook(root / "notebooks" / "1_train.ipynb", "work_dir = ''", TOY_TRAINING)
+    notebook(root / "notebooks" / "1_train.ipynb", "start_weights = work_dir = ''", TOY_TRAINING)
     draw = "import pathlib\nfor name in ('csv', 'md'): pathlib.Path(results, study, f'table.{name}').write_text('|a|')"
     notebook(root / "notebooks" / "2_tradeoff.ipynb", "study = results = ''", draw)
     write_study(root, seed=[0, 1])
@@ -122,6 +124,29 @@ def test_a_failing_run_is_reported_and_stops_no_other(project):
     assert done.returncode == 0, done.stderr
     names = [f"digits_resnet18_lambda{weight}_seed{seed}" for weight in (0, 1) for seed in (0, 1)]
     assert executions(project) == names, "each run once"
+
+
+def test_a_path_is_done_in_order_and_a_failed_step_stops_no_other_path(project):
+    path = [{"lambda": 0}, {"lambda": 1}, {"lambda": 2}]
+    study = {"label": "Made up.", "fixed": {"epochs": 1}, "blocks": [{"grid": {"seed": [0, 13]}, "path": path}]}
+    (project / "studies" / "toy.yaml").write_text(yaml.safe_dump(study))
+    done = run(project, "toy")
+    assert done.returncode == 1
+    assert "1 runs failed" in done.stderr
+    assert "2 runs were not tried, as they start from these" in done.stderr
+    names = [f"digits_resnet18_{step}_seed0" for step in ("lambda0", "path_lambda1", "path_lambda2")]
+    folder = project / "results" / "toy"
+    assert (folder / "executions").read_text().split() == names
+    assert not list(folder.rglob("*.safetensors")), "nothing needs them any more"
+    (folder / f"{names[2]}.json").unlink()
+    plan = run(project, "toy", "-n").stdout
+    assert f"{names[2]}  to train (no result, starts from {names[1]})" in plan
+    before = (folder / f"{names[1]}.json").stat().st_mtime_ns
+    done = run(project, "toy")
+    assert done.returncode == 1, done.stderr
+    assert (folder / "executions").read_text().split() == [*names, *names], "for its weights, what comes before it"
+    assert (folder / f"{names[2]}.json").exists()
+    assert (folder / f"{names[1]}.json").stat().st_mtime_ns == before
 
 
 def test_the_engine_can_be_called_by_itself(project):
@@ -193,17 +218,18 @@ def test_while_a_runner_is_at_work_another_says_so_and_after_its_end_goes_on(pro
 
 def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_result(tmp_path):
     smoke = studies.open_study("smoke")
-    changes = {"epochs": 40, "batch_size": 10, "lambda": 1}
-    study = Study(name="long", label="", blocks=[{"fixed": smoke.fixed | smoke.blocks[0].fixed | changes}])
+    path = [{"lambda": 0, "schedule": "triangular"}, {"lambda": 1, "epochs": 40, "batch_size": 10}]
+    study = Study(name="long", label="", blocks=[{"fixed": smoke.fixed, "path": path}])
     whole, killed = (tmp_path / name / study.name for name in ("whole", "killed"))
     for folder in (whole, killed):
         folder.mkdir(parents=True)
         (folder / "study.yaml").write_text(study.to_yaml())
-    (name,) = study.runs()
+    _, name = study.runs()
     commands = {f: [sys.executable, "-m", "eatlib.steps", "train", str(f), name] for f in (whole, killed)}
     process = psutil.Popen(commands[killed], cwd=ROOT, env=environment(ROOT), stderr=subprocess.DEVNULL)
     progress = killed / "work" / name / "progress"
     while not (progress.exists() and int(progress.read_text().split()[1].split("/")[0]) > 3):
+        assert process.poll() is None
         time.sleep(0.05)
     process.kill()
     process.wait()

@@ -106,7 +106,7 @@ def plain_loop(config: RunConfig, data) -> nn.Module:
 def test_lambda_0_is_standard_training_bit_for_bit(tmp_path):
     config = configuration(**{"lambda": 0.0, "sigma": 1e-2, "save_weights": True})
     data = load_data(config)
-    result = fit(config, data=data, weights_path=tmp_path / "w.safetensors")
+    result = fit(config, data=data, save_weights_to=tmp_path / "w.safetensors")
     assert all(epoch.penalty == 0 and epoch.lambda_ == 0 for epoch in result.history)
     expected = plain_loop(config, data).state_dict()
     found = weights_of(tmp_path / "w.safetensors")
@@ -119,7 +119,7 @@ def test_eat_is_the_papers_objective(tmp_path):
     changes = {"sigma": 1e-2, "epochs": 1, "learning_rate": 1e-3, "train_samples": 140, "save_weights": True}
     config = configuration(**changes)
     data = load_data(config)
-    fit(config, data=data, weights_path=tmp_path / "w.safetensors")
+    fit(config, data=data, save_weights_to=tmp_path / "w.safetensors")
     found = weights_of(tmp_path / "w.safetensors")
     expected = plain_loop(config, data).state_dict()
     standard = plain_loop(config.model_copy(update={"lambda_": 0.0}), data).state_dict()
@@ -153,6 +153,17 @@ def test_schedules():
     assert all(epoch.penalty > 0 for epoch in history)
 
 
+def test_a_triangular_schedule_by_hand():
+    config = RunConfig(schedule="triangular", epochs=2, learning_rate=0.6, lambda_=4, warmup_share=0.4)
+    # 10 steps: up over 4, then down from .6 to nothing over 6.
+    rates = [0.15, 0.3, 0.45, 0.6, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+    settings = [training.setting(config, step, 5) for step in range(10)]
+    assert [rate for rate, _ in settings] == pytest.approx(rates)
+    assert [weight for _, weight in settings] == pytest.approx([1, 2, 3, *[4] * 7])
+    history = fit(configuration(epochs=2, schedule="triangular", learning_rate=0.01)).history
+    assert history[1].learning_rate < 0.002
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -165,6 +176,7 @@ def test_schedules():
         {"penalty_normalization": "energy"},
         {"nesterov": False, "momentum": 0.0},
         {"precision": "bfloat16"},
+        {"schedule": "triangular", "label_smoothing": 0.1, "penalty_share": 0.25},
     ],
     ids=str,
 )
@@ -213,9 +225,9 @@ def test_compiled_training_is_the_same_up_to_rounding(monkeypatch):
 def test_same_configuration_same_bits(tmp_path, model):
     config = configuration(epochs=2, model=model, save_weights=True)
     torch.manual_seed(7)
-    first = fit(config, weights_path=tmp_path / "1.safetensors")
+    first = fit(config, save_weights_to=tmp_path / "1.safetensors")
     torch.rand(5)  # whatever the caller drew
-    second = fit(config, weights_path=tmp_path / "2.safetensors")
+    second = fit(config, save_weights_to=tmp_path / "2.safetensors")
     assert without_timings(first) == without_timings(second)
     assert_same_weights(tmp_path / "1.safetensors", tmp_path / "2.safetensors")
     other = fit(configuration(epochs=2, model=model, seed=1))
@@ -243,7 +255,7 @@ def test_divergence_stops_the_run(tmp_path, changes):
         TrainingError,
         match=rf"(nan|inf) in epoch 1 of 3, with lambda = {config.lambda_:g}, sigma = 0.0001".replace("+", r"\+"),
     ):
-        fit(config, checkpoint=tmp_path / "c", weights_path=tmp_path / "w.safetensors", on_epoch=seen.append)
+        fit(config, checkpoint=tmp_path / "c", save_weights_to=tmp_path / "w.safetensors", on_epoch=seen.append)
     assert not seen
     assert not list(tmp_path.rglob("*"))
 
@@ -266,7 +278,7 @@ def test_no_penalty_is_left_on_the_network_after_a_failure():
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     wrong = [(data.train.images[:4], torch.full((4,), 99))]
     with pytest.raises(IndexError), ActivationPenalty(model) as penalty:
-        training.train_one_epoch(model, wrong, optimizer, penalty, 1.0, device=torch.device("cpu"))
+        training.train_one_epoch(model, wrong, optimizer, penalty, [(0.1, 1.0)], device=torch.device("cpu"))
     with ActivationPenalty(model):
         pass
 

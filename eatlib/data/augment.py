@@ -21,6 +21,11 @@ def batches(split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     yield from zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True)
 
 
+def count_batches(count: int, batch_size: int) -> int:
+    """How many batches `training_batches` makes of so many images."""
+    return max(1, -(-(count - 1) // batch_size))  # a last image of its own joins the batch before
+
+
 def training_batches(
     split: Split, batch_size: int, augmentation: str, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -37,9 +42,7 @@ def training_batches(
     order = torch.randperm(count, generator=generator, device=generator.device).to(device)
     # Drawn and moved once an epoch: moving small tensors in each step makes an accelerator wait.
     draws = {name: drawn.to(device) for name, drawn in draw(count, augmentation, generator).items()}
-    starts = list(range(0, count, batch_size))
-    if count % batch_size == 1 and count > 1:
-        starts.pop()
+    starts = [batch_size * number for number in range(count_batches(count, batch_size))]
     for start, end in zip(starts, [*starts[1:], count], strict=True):
         chosen = order[start:end]
         yield augment(split.images[chosen], {name: d[start:end] for name, d in draws.items()}), split.labels[chosen]
