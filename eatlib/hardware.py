@@ -25,8 +25,7 @@ class Hardware:
 
     def __post_init__(self) -> None:
         for price in ("memory_pj", "operation_pj"):
-            value = getattr(self, price)
-            if not (math.isfinite(value) and value >= 0):
+            if not 0 <= (value := getattr(self, price)) < math.inf:
                 raise EnergyError(f"{price} = {value!r}: must be a finite number of pJ, not negative")
 
     def joules(self, accesses: float, operations: float) -> float:
@@ -74,9 +73,8 @@ class Totals:
 
     def joules(self, hardware: Hardware, *, dense: bool = False) -> float:
         """Energy with zero-skipping or, `dense`, without."""
-        if dense:
-            return hardware.joules(self.accesses, self.operations)
-        return hardware.joules(self.nonzero_accesses, self.effective_operations)
+        counts = (self.accesses, self.operations) if dense else (self.nonzero_accesses, self.effective_operations)
+        return hardware.joules(*counts)
 
 
 def joules_per_image(totals: Sequence[Totals], hardware: Hardware, *, dense: bool = False) -> float:

@@ -4,12 +4,10 @@ import copy
 
 import pytest
 import torch
-from test_energy import PJ, Functional, Modular, images, measure, tiny
+from test_energy import PJ, Functional, Modular, images, measure, sums, tiny
 from torch import Tensor, nn
 
-from eatlib.energy import (
-    count_nonzero,
-)
+from eatlib.energy import count_nonzero
 
 # --- the fused accounting -----------------------------------------------------------------------------------------
 
@@ -32,13 +30,10 @@ def test_fused_charges_what_a_fusing_accelerator_moves_and_multiplies() -> None:
     assert list(layers["parameters"]) == [8 * 27 + 8, 16 * 72 + 16, 170]
     assert list(layers["operations"]) == [4 * 8 * 256 * 27, 4 * 16 * 64 * 72, 4 * 160]
     assert layers["effective_operations"][1] == pytest.approx(4 * 16 * 64 * 72 * nonzero[1] / pooled.numel())
-    accesses = sum(nonzero[:3]) + sum(nonzero[1:]) + report.totals["nonzero_parameters"]
+    accesses = sum(nonzero[:3]) + sum(nonzero[1:]) + sums(report)["nonzero_parameters"]
     expected = 1950 * accesses + 3.7 * layers["effective_operations"].sum()
     assert report.joules_per_image * 4 * PJ == pytest.approx(expected, rel=1e-9)
     assert layers["share"].sum() == pytest.approx(1)
-    assert report.ideal_joules_per_image * 4 * PJ == pytest.approx(
-        expected - 1950 * report.totals["nonzero_parameters"], rel=1e-9
-    )
 
 
 @pytest.mark.parametrize("inplace", [True, False])
@@ -83,7 +78,7 @@ def test_groups_lower_the_macs_in_fused_only() -> None:
     x = images(2, 8, 8, 8)
     dense, grouped = (nn.Conv2d(8, 8, 3, groups=groups) for groups in (1, 8))
     operations = {
-        (accounting, net.groups): measure(net, x, accounting=accounting).totals["operations"]
+        (accounting, net.groups): sums(measure(net, x, accounting=accounting))["operations"]
         for accounting in ("published", "fused")
         for net in (dense, grouped)
     }
@@ -104,7 +99,7 @@ def test_exact_macs_count_each_product(layer: type[nn.Module], groups: int) -> N
     with torch.no_grad():
         masks[1].weight.copy_(net[1].weight != 0)
         expected = int(masks[1]((x > 0).double()).sum())
-    assert report.totals["effective_operations"] == expected
+    assert sums(report)["effective_operations"] == expected
 
 
 def test_shares_of_zeros_approximate_the_exact_macs() -> None:
@@ -174,7 +169,7 @@ def test_pruned_weights_and_dead_channels_lower_the_energy(accounting: str) -> N
     with torch.no_grad():
         pruned[4].weight[:, :, 0, 0] = 0
     after = measure(pruned, x, accounting=accounting)
-    assert before.totals["nonzero_parameters"] - after.totals["nonzero_parameters"] == 8 * 16
+    assert sums(before)["nonzero_parameters"] - sums(after)["nonzero_parameters"] == 8 * 16
     assert after.ratio < before.ratio
     dead = tiny()
     with torch.no_grad():

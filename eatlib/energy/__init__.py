@@ -1,8 +1,8 @@
 """Energy of a network's forward pass on an accelerator that skips zeros, per layer, in two accountings.
 
 The energy is that of memory accesses and of multiplications; an element or an operation that is zero costs nothing.
-In reading order: `count` (non-zeros), `trace` (what a model computes), `published` (the simulator behind the paper's
-ratios), `fused` (an accelerator that fuses layers), `report` (the meter, and what it says).
+In reading order: `count` (non-zeros), `published` (the simulator behind the paper's ratios), `fused` (an accelerator
+that fuses layers; and a forward pass as both see it), `report` (the meter, and what it says).
 """
 
 from eatlib.energy.count import count_nonzero

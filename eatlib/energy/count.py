@@ -1,6 +1,6 @@
 """Counting: the non-zeros of a tensor, the tensors in a call's arguments, and a layer's row of the report."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -58,15 +58,13 @@ class Row:
         vars(self)[f"nonzero_{what}"] += nonzero
 
     def __add__(self, other: "Row") -> "Row":
-        return Row(self.name, self.kind, *(vars(self)[number] + vars(other)[number] for number in NUMBERS))
-
-
-NUMBERS = [number.name for number in fields(Row)[2:]]
+        numbers = list(zip(vars(self).values(), vars(other).values(), strict=True))[2:]
+        return Row(self.name, self.kind, *(mine + its for mine, its in numbers))
 
 
 def finish(rows: list[Row]) -> None:
     """Make numbers of all counts, with one transfer from the accelerator."""
-    waiting = [(row, number) for row in rows for number in NUMBERS if isinstance(vars(row)[number], Tensor)]
-    values = torch.stack([vars(row)[number] for row, number in waiting]).tolist() if waiting else []
-    for (row, number), value in zip(waiting, values, strict=True):
-        vars(row)[number] = value if number == "effective_operations" else round(value)
+    waiting = [(vars(row), what, x) for row in rows for what, x in vars(row).items() if isinstance(x, Tensor)]
+    values = torch.stack([x for _, _, x in waiting]).tolist() if waiting else []
+    for (row, what, _), value in zip(waiting, values, strict=True):
+        row[what] = value if what == "effective_operations" else round(value)

@@ -24,11 +24,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from eatlib.energy.count import ZERO, Row, count_nonzero, finish, tensors
 from eatlib.energy.published import charge_layer, skip_operations
-from eatlib.energy.trace import Operator
-from eatlib.hardware import Accounting
+from eatlib.hardware import Accounting, EnergyError
 
 _FACTORS = {"convolution": (0, 1), "mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
 """Operators that multiply, and which of their first three arguments they do; the third, a bias, is added."""
@@ -45,7 +45,7 @@ _EPILOGUES = """
 
 @cache
 def kind_of(function: Any) -> Literal["product", "constant", "move", "element-wise", "epilogue", "unknown"]:
-    """What this accounting does with an operator."""
+    """What this accounting does with an operator; a constant's values do not depend on the network's input."""
     name = function.overloadpacket.__name__
     if name in _FACTORS:
         return "product"
@@ -67,81 +67,110 @@ class Value:
     written: bool = False  # to memory
 
 
-class ForwardPass:
-    """One forward pass, in both accountings.
+class ForwardPass(TorchDispatchMode):
+    """The latest forward pass, in both accountings. It is told of modules' calls, and sees all operators.
 
-    It counts each tensor once for as long as it does not change, and keeps none of them alive.
+    Functional calls (`F.relu`, `x += y`) are no modules' calls, but they are operators like any other. Each tensor is
+    counted once for as long as it does not change, and none is kept alive.
 
     Attributes:
+        running: name and kind of the modules that run, from the model inwards; kind is "" where one has modules itself.
+        images: in the batch.
         rows: by accounting: one for each call of a leaf module (`published`); one for each layer that multiplies, and
             each element-wise operator of two activations (`fused`).
         uncounted: by accounting, the names of what ran but is not in these numbers.
         uses: of tensors in memory: the leaf module calls that one came out of, its elements, and the MACs with it.
     """
 
-    def __init__(self, inputs: list[Tensor], exact_macs: bool) -> None:
+    def __init__(self, exact_macs: bool) -> None:
+        super().__init__()
+        self._exact_macs = exact_macs
+        self.running: list[tuple[str, str]] = []
+
+    def start(self, inputs: list[Tensor]) -> None:
+        """The model is about to be called; forgets the pass before, also one that was interrupted."""
+        self.running.clear()
+        if not inputs or inputs[0].dim() < 2 or len(inputs[0]) == 0:
+            shape = f"a tensor of shape {tuple(inputs[0].shape)}" if inputs else "no tensor"
+            raise EnergyError(f"the model was called with {shape}: must be a batch, (N, ...) with N at least 1")
+        self.images = len(inputs[0])
         self.rows: dict[Accounting, list[Row]] = {"published": [], "fused": []}
         self.uncounted: dict[Accounting, dict[str, None]] = {"published": {}, "fused": {}}
         self.uses: list[tuple[tuple[str, ...], int, int]] = []
-        self._exact_macs = exact_macs
         self._counts: dict[Hashable, int | Tensor] = {}
         self._values: dict[Hashable, Value] = {}  # by place, and the latest by memory: for other views of what changed
         self._versions: Counter[int] = Counter()  # of memory; inference mode is without PyTorch's own
         self._storages: dict[int, StorageWeakRef] = {}
+        self._calls: Counter[str] = Counter()
         self._labels: Counter[str] = Counter()
         for x in inputs:
             self._set_value(x, Value(-1))
 
-    def operator(self, call: Operator) -> Any:
+    def enter(self, path: str, module: nn.Module) -> None:
+        """A module is about to be called; `path#2` names the second call of a leaf module."""
+        kind = type(module).__name__ if next(module.children(), None) is None else ""
+        name = path or kind
+        self._calls[name] += 1
+        self.running.append((f"{name}#{self._calls[name]}" if kind and self._calls[name] > 1 else name, kind))
+
+    def leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """The module entered last has returned `output`, None if it raised; `inputs` are as they are after the call."""
+        name, kind = self.running.pop()
+        if output is None:
+            return
+        with torch._C._DisableTorchDispatch():
+            if kind:
+                row = Row(name, kind)
+                self.rows["published"].append(row)
+                if not charge_layer(row, module, inputs, output, self._count):
+                    self.uncounted["published"][f"{name}: operations of {kind}"] = None
+                for x in tensors(output):
+                    if value := self._value(x):
+                        value.layers += (name,)
+            if not self.running:  # the model itself has returned
+                if any(x.isnan().any() for x in tensors(output)):
+                    raise EnergyError("the model's output holds NaN, which has no energy: look at images and weights")
+                for x in tensors(output):
+                    self._write(x)
+                finish(self.rows["published"] + self.rows["fused"])
+                skip_operations(self.rows["published"])
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         """Run an operator, charge it, and return its output."""
-        kind = kind_of(call.function)
-        operands = [(x, value) for x in tensors((call.arguments, call.keywords)) if (value := self._value(x))]
-        if kind == "constant" or not operands:  # the network's input has no part in it
-            return self._run(call)
-        label = f"{call.name or 'the network itself'}: {call.function.overloadpacket.__name__}"
-        if not call.in_leaf and kind != "move":
+        if not self.running:
+            return function(*arguments, **(keywords or {}))
+        if torch.is_inference_mode_enabled() and function._can_decompose():
+            # Inference mode hands over conv2d and linear as they are; elsewhere PyTorch takes them apart first.
+            with self:
+                return function.decompose(*arguments, **(keywords or {}))
+        operands = [(x, value) for x in tensors((arguments, keywords)) if (value := self._value(x))]
+        kind = kind_of(function) if operands else "constant"
+        (module, leaf), operator = self.running[-1], function.overloadpacket.__name__
+        label = f"{module or 'the network itself'}: {operator}"
+        if not leaf and kind not in ("constant", "move"):
             self.uncounted["published"][f"{label} (element-wise)" if kind == "element-wise" else label] = None
         if kind == "unknown":
             self.uncounted["fused"][label] = None
-        x, value = max(operands, key=lambda operand: operand[1].producer)
+        x, value = max(operands, key=lambda operand: operand[1].producer, default=(None, None))
         others = [other for other, earlier in operands if earlier.producer != value.producer]
         if kind == "element-wise" and others:  # it happens where its latest operand is computed, and reads the others
-            row = self._new_row(call, call.function.overloadpacket.__name__)
+            row = self._new_row(operator, operator)
             for other in others:
                 self._read(row, other)
-        output = self._run(call)
+        output = function(*arguments, **(keywords or {}))
+        if function._schema.is_mutable:
+            for y in tensors(output):  # an operator that changes a tensor returns it
+                self._versions[y.untyped_storage()._cdata] += 1
+        if kind == "constant":
+            return output
         if kind == "product":
-            self._multiply(call, output)
+            self._multiply(operator, arguments, output)
             value = Value(len(self.rows["fused"]) - 1)
         elif kind != "move":
             value = Value(value.producer, value.layers)
         for y in tensors(output):
             part = kind == "move" and y.numel() != x.numel()  # it is written on its own
             self._set_value(y, replace(value) if part else value)
-        return output
-
-    def layer(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        """A leaf module has been called; its operators ran before."""
-        row = Row(name, type(module).__name__)
-        if not charge_layer(row, module, inputs, output, self._count):
-            self.uncounted["published"][f"{name}: operations of {row.kind}"] = None
-        self.rows["published"].append(row)
-        for x in tensors(output):
-            if value := self._value(x):
-                value.layers += (name,)
-
-    def end(self, output: Any) -> None:
-        """The network has returned `output`."""
-        for x in tensors(output):
-            self._write(x)
-        finish(self.rows["published"] + self.rows["fused"])
-        skip_operations(self.rows["published"])
-
-    def _run(self, call: Operator) -> Any:
-        output = call.run()
-        if call.function._schema.is_mutable:
-            for x in tensors(output):  # an operator that changes a tensor returns it
-                self._versions[x.untyped_storage()._cdata] += 1
         return output
 
     def _place(self, x: Tensor) -> tuple[int, Hashable]:
@@ -170,30 +199,26 @@ class ForwardPass:
         place = self._place(x)
         self._values[place] = self._values[place[0]] = value
 
-    def _new_row(self, call: Operator, kind: str) -> Row:
-        operator = call.function.overloadpacket.__name__
-        name = call.name if call.in_leaf else f"{call.name}.{operator}".lstrip(".")
-        if call.in_leaf and self._labels[name]:
-            name = f"{name}.{operator}"
+    def _new_row(self, operator: str, kind: str) -> Row:
+        module, leaf = self.running[-1]
+        name = module if leaf and not self._labels[module] else f"{module}.{operator}".lstrip(".")
         self._labels[name] += 1
         row = Row(name if self._labels[name] == 1 else f"{name}#{self._labels[name]}", kind)
         self.rows["fused"].append(row)
         return row
 
-    def _multiply(self, call: Operator, output: Tensor) -> None:
-        operator = call.function.overloadpacket.__name__
-        row = self._new_row(call, call.kind if call.in_leaf else operator)
-        left, right = (call.arguments[index] for index in _FACTORS[operator])
+    def _multiply(self, operator: str, arguments: Any, output: Tensor) -> None:
+        row = self._new_row(operator, self.running[-1][1] or operator)
+        left, right = (arguments[index] for index in _FACTORS[operator])
         row.operations = output.numel() * left.shape[-1]
         if operator == "convolution":  # the products on the padding count, as usual
-            transposed = call.arguments[6]
-            row.operations = (left if transposed else output).numel() * right[0].numel()
-        for x in tensors(call.arguments[:3]):
+            row.operations = (left if arguments[6] else output).numel() * right[0].numel()  # transposed, or not
+        for x in tensors(arguments[:3]):
             self._read(row, x)
         nonzero = self._count(left) * self._count(right)
         row.effective_operations = row.operations * nonzero / max(1, left.numel() * right.numel())
         if self._exact_macs:
-            row.effective_operations = _effective_macs(call, left, right)
+            row.effective_operations = _effective_macs(operator, arguments, left, right)
 
     def _read(self, row: Row, x: Tensor) -> None:
         value = self._value(x)
@@ -210,15 +235,14 @@ class ForwardPass:
             value.written = True
 
 
-def _effective_macs(call: Operator, left: Tensor, right: Tensor) -> Tensor:
+def _effective_macs(operator: str, arguments: Any, left: Tensor, right: Tensor) -> Tensor:
     """Multiply-accumulates with both operands non-zero.
 
     Sums over the batch and over the output channels come first, as the products are linear in both.
     """
     left, right = ((x.abs() > ZERO).double() for x in (left, right))
-    if call.function.overloadpacket.__name__ != "convolution":
+    if operator != "convolution":
         return (left.sum(-2) * right.sum(-1)).sum()
-    *geometry, transposed, output_padding, groups = call.arguments[3:9]
-    left = left.sum(0, keepdim=True)
+    transposed, _, groups = arguments[6:]
     right = right.sum(1, keepdim=True) if transposed else right.unflatten(0, (groups, -1)).sum(1)
-    return torch.convolution(left, right, None, *geometry, transposed, output_padding, groups).sum().round()
+    return torch.convolution(left.sum(0, keepdim=True), right, None, *arguments[3:]).sum().round()

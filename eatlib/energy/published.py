@@ -14,7 +14,6 @@ written, read and written again by batch norm and ReLU. Functional calls are not
 
 import math
 from collections.abc import Callable
-from fractions import Fraction
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,44 +33,35 @@ def charge_layer(row: Row, module: nn.Module, inputs: Any, output: Any, count: C
     for x in _parameters(module):
         # In training, batch norm's operator changes its statistics without saying so: they are counted anew.
         row.charge("parameters", x, count(x) if isinstance(x, nn.Parameter) else count_nonzero(x))
-    operations = _operations(module, row)
-    row.operations = operations or 0
-    return operations is not None
+    match module:
+        case nn.Conv2d():
+            row.operations = row.outputs * math.prod(module.kernel_size) * module.in_channels
+        case nn.Linear():
+            row.operations = module.weight.numel() * (row.inputs // module.in_features)
+        case nn.BatchNorm2d():
+            row.operations = 4 * row.inputs
+        case nn.MaxPool2d() | nn.AvgPool2d():
+            window = module.kernel_size
+            row.operations = row.outputs * (window**2 if isinstance(window, int) else math.prod(window))
+        case nn.AdaptiveAvgPool2d():
+            row.operations = row.inputs
+    return row.operations > 0 or isinstance(module, _NO_OPERATIONS)
 
 
 def skip_operations(rows: list[Row]) -> None:
     """Fill in the effective operations of a pass whose rows are finished."""
     whole = sum(rows, Row("all", ""))
-    share = Fraction(whole.nonzero_inputs, whole.inputs or 1)
-    if whole.parameters:
-        share *= Fraction(whole.nonzero_parameters, whole.parameters)
-    for row in rows:
-        row.effective_operations = float(row.operations * share)
+    left = whole.nonzero_inputs * (whole.nonzero_parameters if whole.parameters else 1)
+    for row in rows:  # products of integers, so that only the division rounds
+        row.effective_operations = row.operations * left / (max(1, whole.inputs) * max(1, whole.parameters))
 
 
 def _parameters(module: nn.Module) -> list[Tensor]:
-    named = {name: x for name, x in (module._parameters | module._buffers).items() if x is not None}
+    named = module._parameters | module._buffers
     # torch.nn.utils.prune keeps the dense weight and a mask; the layer computes with their product.
-    pruned = {name.removesuffix("_orig") for name in named if name.endswith("_orig")}
-    found = [x for name, x in named.items() if name.removesuffix("_orig").removesuffix("_mask") not in pruned]
-    found += [getattr(module, name) for name in sorted(pruned)]
-    if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+    pruned = [name.removesuffix("_orig") for name in named if name.endswith("_orig")]
+    names = named.keys() - {name + part for name in pruned for part in ("_orig", "_mask")}
+    found = [getattr(module, name) for name in (*names, *pruned)]
+    if isinstance(module, nn.BatchNorm2d):
         found += [module.running_mean, module.running_var]
-    return found
-
-
-def _operations(module: nn.Module, row: Row) -> int | None:
-    """None for modules that the simulator does not know."""
-    match module:
-        case nn.Conv2d():
-            return row.outputs * math.prod(module.kernel_size) * module.in_channels
-        case nn.Linear():
-            return module.weight.numel() * (row.inputs // module.in_features)
-        case nn.BatchNorm2d():
-            return 4 * row.inputs
-        case nn.MaxPool2d() | nn.AvgPool2d():
-            window = module.kernel_size
-            return row.outputs * (window**2 if isinstance(window, int) else math.prod(window))
-        case nn.AdaptiveAvgPool2d():
-            return row.inputs
-    return 0 if isinstance(module, _NO_OPERATIONS) else None
+    return [x for x in found if x is not None]

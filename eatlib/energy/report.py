@@ -2,26 +2,15 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from eatlib.energy.count import NUMBERS, Row, tensors
+from eatlib.energy.count import Row, tensors
 from eatlib.energy.fused import ForwardPass
-from eatlib.energy.trace import trace
-from eatlib.hardware import (
-    ACCOUNTINGS,
-    Accounting,
-    EnergyError,
-    Hardware,
-    Totals,
-    energy_ratio,
-    find_hardware,
-    joules_per_image,
-)
-
-DEFAULT = "horowitz-45nm-float32"
+from eatlib.hardware import Accounting, EnergyError, Hardware, Totals, energy_ratio, find_hardware, joules_per_image
 
 if TYPE_CHECKING:
     import pandas as pd  # a slow import that a training run does without
@@ -35,11 +24,9 @@ class EnergyReport:
         batches: the counts of all batches of one size each, which `eatlib.hardware` prices for any hardware.
         uncounted: what ran but is not in these numbers, by name. Element-wise work is never charged for its operations;
             `published` misses the memory accesses of what it lists.
-        images: of all batches; `batch_sizes`: how many batches there were of each size; weights are read once a batch.
+        images: of all batches.
         ratio: energy with zero-skipping over energy without it, as `eatlib.hardware.energy_ratio` says.
-        joules_per_image: with zero-skipping; `dense_joules_per_image` without it; `ideal_joules_per_image` with it and
-            with ideal reuse: the weights are in place and no batch has to read them.
-        totals: sums of the columns of `layers` with the same names, rounded.
+        joules_per_image: with zero-skipping; `dense_joules_per_image` without it. Weights are read once a batch.
     """
 
     def __init__(
@@ -47,14 +34,9 @@ class EnergyReport:
     ) -> None:
         self.accounting, self.hardware, self.batches, self.uncounted = accounting, hardware, batches, uncounted
         self.images = sum(totals.images for totals in batches)
-        sizes = [totals.images // totals.batches for totals in batches for _ in range(totals.batches)]
-        self.batch_sizes = dict(Counter(sizes))
         self.ratio = energy_ratio(batches, accounting, hardware)
         self.joules_per_image = joules_per_image(batches, hardware)
         self.dense_joules_per_image = joules_per_image(batches, hardware, dense=True)
-        whole = sum(rows, Row("all", ""))
-        self.totals = {number: round(getattr(whole, number)) for number in NUMBERS}
-        self.ideal_joules_per_image = self.joules_per_image - hardware.joules(whole.nonzero_parameters / self.images, 0)
         self._rows = rows
 
     @property
@@ -77,7 +59,7 @@ class EnergyReport:
 
     def __str__(self) -> str:
         columns = ["name", "kind", "firing", "operations", "effective_operations", "joules_per_image", "share"]
-        sizes = ", ".join(f"{batches} x {size}" for size, batches in self.batch_sizes.items())
+        sizes = ", ".join(f"{size.batches} x {size.images // size.batches}" for size in self.batches)
         table = self.layers[columns].to_string(index=False, na_rep="-", float_format="{:.3g}".format)
         return (
             f"energy ratio {self.ratio:.4f} ({self.accounting}, {self.hardware.name}), "
@@ -99,43 +81,48 @@ class EnergyMeter:
         exact_macs: count effective MACs (`fused`) from the places of the zeros, not from each layer's shares of zeros.
 
     Raises:
-        EnergyError: unknown hardware; a model without parameters, or compiled. From a forward pass: no batch, an empty
-            one or one without a batch dimension; NaN in the input or output.
+        EnergyError: unknown hardware; a compiled model. From a forward pass: no batch, an empty one or one without a
+            batch dimension; NaN in the output.
     """
 
-    def __init__(self, model: nn.Module, *, hardware: str | Hardware = DEFAULT, exact_macs: bool = False) -> None:
-        if not list(model.parameters()):
-            raise EnergyError(f"{type(model).__name__} has no parameters: there are no weights that cost energy")
+    def __init__(
+        self, model: nn.Module, *, hardware: str | Hardware = "horowitz-45nm-float32", exact_macs: bool = False
+    ) -> None:
         for module in model.modules():
-            compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-            if compiled or isinstance(module, torch.jit.ScriptModule):
+            if hasattr(module, "_orig_mod") or module._compiled_call_impl or isinstance(module, torch.jit.ScriptModule):
                 raise EnergyError("the model is compiled, which hides its operators: measure what it was made from")
         self.hardware = find_hardware(hardware)
-        self._model, self._exact_macs = model, exact_macs
+        self._model, self._pass, self._hooks = model, ForwardPass(exact_macs), ExitStack()
         # By accounting: the counts of all batches of one size each; the rows by name; the names of what is not counted.
         self._sums: dict[Accounting, tuple[dict[tuple[int, ...], Totals], dict[str, Row], dict[str, None]]]
-        self._sums = {accounting: ({}, {}, {}) for accounting in ACCOUNTINGS}
+        self._sums = {"published": ({}, {}, {}), "fused": ({}, {}, {})}
 
     def __enter__(self) -> "EnergyMeter":
-        self._trace = trace(self._model, self._start, self._end)
-        self._trace.__enter__()
+        paths = {module: path for path, module in self._model.named_modules()}
+
+        def enter(module: nn.Module, arguments: Any, keywords: Any) -> None:
+            if module is self._model:
+                self._pass.start(tensors((arguments, keywords)))
+            elif not self._pass.running or module not in paths:  # a copy of the model has the hooks too
+                return
+            self._pass.enter(paths[module], module)
+
+        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+            if self._pass.running and module in paths:
+                self._pass.leave(module, inputs, output)
+                if module is self._model and output is not None:  # None: it raised
+                    self._add_pass()
+
+        for module in paths:
+            self._hooks.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
+            self._hooks.enter_context(module.register_forward_hook(leave, always_call=True))
+        self._hooks.enter_context(self._pass)
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._trace.__exit__(*exception)
+        self._hooks.close()
 
-    def _start(self, arguments: Any) -> ForwardPass:
-        inputs = tensors(arguments)
-        if not inputs or inputs[0].dim() < 2 or len(inputs[0]) == 0:
-            shape = f"a tensor of shape {tuple(inputs[0].shape)}" if inputs else "no tensor"
-            raise EnergyError(f"the model was called with {shape}: must be a batch, (N, ...) with N at least 1")
-        _check_numbers(inputs, "input", "clean the images")
-        self._images, self._pass = len(inputs[0]), ForwardPass(inputs, self._exact_macs)
-        return self._pass
-
-    def _end(self, output: Any) -> None:
-        _check_numbers(tensors(output), "output", "look at its weights")
-        self._pass.end(output)
+    def _add_pass(self) -> None:
         for accounting, (batches, rows, uncounted) in self._sums.items():
             for row in self._pass.rows[accounting]:
                 rows[row.name] = rows[row.name] + row if row.name in rows else row
@@ -143,24 +130,21 @@ class EnergyMeter:
             whole = sum(self._pass.rows[accounting], Row("all", ""))
             accesses = whole.inputs + whole.outputs + whole.parameters
             nonzero = whole.nonzero_inputs + whole.nonzero_outputs + whole.nonzero_parameters
-            batch = Totals(1, self._images, accesses, nonzero, whole.operations, whole.effective_operations)
-            size = self._images, accesses, whole.operations
+            batch = Totals(1, self._pass.images, accesses, nonzero, whole.operations, whole.effective_operations)
+            size = batch.images, accesses, batch.operations
             batches[size] = batches[size] + batch if size in batches else batch
 
     def report(self, accounting: Accounting = "published") -> EnergyReport:
         """The energy of all batches so far.
 
         Raises:
-            EnergyError: unknown accounting; no forward pass yet; none with a layer that the accounting charges.
+            EnergyError: unknown accounting; no forward pass yet, or none with a layer that the accounting charges.
         """
-        if accounting not in ACCOUNTINGS:
-            raise EnergyError(f"accounting = {accounting!r}: must be one of {', '.join(ACCOUNTINGS)}")
+        if accounting not in self._sums:
+            raise EnergyError(f"accounting = {accounting!r}: must be one of {', '.join(self._sums)}")
         batches, rows, uncounted = self._sums[accounting]
-        if not batches:
-            raise EnergyError("no batch was measured: run the model within the meter, on one batch at least")
         if not any(row.inputs for row in rows.values()):
-            seen = ", ".join(uncounted) or "nothing that computes"
-            raise EnergyError(f"the {accounting} accounting saw no layer that multiplies, only {seen}")
+            raise EnergyError(f"the {accounting} accounting saw no batch in the meter, or no layer that multiplies")
         return EnergyReport(accounting, self.hardware, list(batches.values()), list(rows.values()), list(uncounted))
 
     def firing(self) -> list[tuple[str, str, float]]:
@@ -194,16 +178,19 @@ def _measure(model: nn.Module, batches: Iterable[Any], **options: Any) -> Energy
             for batch in batches:
                 images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
                 if not isinstance(images, Tensor):
-                    kind = type(batch).__name__
-                    raise EnergyError(f"a batch is a {kind}: must be a tensor of images or an (images, labels) pair")
-                model(images.to(next(model.parameters()).device))
+                    raise EnergyError(f"a batch is a {type(batch).__name__}: must be images or (images, labels)")
+                try:
+                    model(images.to(next(model.parameters(), images).device))
+                except RuntimeError as error:
+                    error.add_note(f"The images are {images.dtype}: convert them if the model takes other numbers")
+                    raise
     finally:
         for module, training in modes.items():
             module.training = training
     return meter
 
 
-def activation_cost(model: nn.Module, images: Tensor, hardware: str | Hardware = DEFAULT) -> dict[str, float]:
+def activation_cost(model: nn.Module, images: Tensor, hardware: str | Hardware) -> dict[str, float]:
     """What one non-zero activation of each layer costs, as a share of the batch's energy without zero-skipping.
 
     In the `fused` accounting: the tensor that leaves the layer, after whatever follows up to the next layer that
@@ -231,18 +218,11 @@ def silent_ratio(network: nn.Module, image_size: int, batch_size: int, hardware:
     Convolution and batch-norm outputs are taken as dense. A network that lost whole layers can be below.
     """
     meter = _measure(network, [torch.zeros(1, 3, image_size, image_size)], hardware=hardware)
-    rows = meter._pass.rows["published"]
+    rows, joules = meter._pass.rows["published"], meter.hardware.joules
     whole, first = sum(rows, Row("all", "")), next(row for row in rows if row.kind == "Conv2d")
     read = sum(row.inputs for row in rows if row.kind == "BatchNorm2d" or row is first)
     written = sum(row.outputs for row in rows if row.kind in ("Conv2d", "BatchNorm2d", "Linear"))
-    accesses = batch_size * (whole.inputs + whole.outputs) + whole.parameters
-    left = batch_size * (read + written) + whole.nonzero_parameters
     operations = batch_size * whole.operations
     share = read / whole.inputs * whole.nonzero_parameters / whole.parameters
-    batch = Totals(1, batch_size, accesses, left, operations, operations * share)
-    return energy_ratio([batch], "published", meter.hardware)
-
-
-def _check_numbers(found: list[Tensor], what: str, advice: str) -> None:
-    if any(x.is_floating_point() and x.isnan().any() for x in found):
-        raise EnergyError(f"the model's {what} holds NaN, whose energy means nothing: {advice}")
+    left = joules(batch_size * (read + written) + whole.nonzero_parameters, operations * share)
+    return left / joules(batch_size * (whole.inputs + whole.outputs) + whole.parameters, operations)
