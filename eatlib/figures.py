@@ -1,10 +1,15 @@
 """Figures of a study, from frames that `notebooks/2_tradeoff.ipynb` makes."""
 
+import sys
+
+import jinja2
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
+from eatlib.hardware import ACCOUNTINGS, HARDWARE
+from eatlib.results import ROOT
 from eatlib.tables import setting_text
 
 RATIO, ACCURACY = "test_published_ratio", "test_accuracy"
@@ -29,6 +34,7 @@ NAME |= {"rotation": -45, "rotation_mode": "anchor", "path_effects": [withStroke
 """Names stand to the upper left: no other mean lies there beside one on the Pareto front."""
 
 PANELS = {"height": 3.3, "aspect": 1.35, "facet_kws": {"sharex": False, "sharey": False, "legend_out": False}}
+PAGES = jinja2.Environment(loader=jinja2.FileSystemLoader(ROOT / "notebooks" / "page"))
 
 
 def tradeoff_figure(points: pd.DataFrame, margin: float) -> Figure:
@@ -99,6 +105,44 @@ def firing_figure(firing: pd.DataFrame) -> Figure:
     grid.set(ylim=(0, 1), xlabel="").set_titles("{row_name}")
     grid.tick_params(axis="x", rotation=90, labelsize=8)
     return _finish(grid)
+
+
+def explore_page(runs: pd.DataFrame, title: str, text: str) -> str:
+    """A page that needs no network: a point a run, with menus for accounting, hardware, and data set and network.
+
+    Args:
+        runs: a row a run: `file`, `title`, `penalty` in words, ..., and energy ratios "<accounting> at <hardware>".
+    """
+    sys.modules.setdefault("rfc3987_syntax", None)  # as in `eatlib.steps.train`
+    import altair as alt
+    import vl_convert
+
+    hardware = [*dict.fromkeys([*runs["hardware"], *HARDWARE])]  # the runs' own comes first, and is shown first
+    menus = {"accounting": ACCOUNTINGS, "hardware": hardware, "shown": ["all", *runs["title"].unique()]}
+    chosen = [
+        alt.param(name=name, value=options[0], bind=alt.binding_select(options=options, name=name))
+        for name, options in menus.items()
+    ]
+    ratios = {f"{name}_ratio": f"datum['{name} at ' + hardware]" for name in ACCOUNTINGS}
+    words = {"title:N": "data set, network", "penalty:N": "penalty", "seed:N": "seed", f"{ACCURACY}:Q": "test accuracy"}
+    words |= {f"{name}:Q": name.replace("_", " ") for name in ratios} | {"file:N": "file"}
+    form, near = {"Q": ".3f", "N": alt.Undefined}, alt.Scale(zero=False, padding=15)
+    alt.data_transformers.disable_max_rows()
+    chart = alt.Chart(runs, width="container", height=420, background="transparent", description=title)
+    chart = chart.transform_filter("shown == 'all' || shown == datum.title").add_params(*chosen)
+    chart = chart.transform_calculate(**ratios, ratio="datum[accounting + ' at ' + hardware]")
+    chart = chart.mark_point(filled=True, size=80, opacity=0.8).encode(
+        x=alt.X("ratio:Q", title="energy ratio", scale=near),
+        y=alt.Y(ACCURACY, title="test accuracy", scale=near),
+        color=alt.Color("title", title="data set, network", scale=alt.Scale(scheme="category10")),
+        shape=alt.condition("datum.lambda == 0", alt.value("square"), alt.value("circle")),
+        tooltip=[alt.Tooltip(field, title=name, format=form[field[-1]]) for field, name in words.items()],
+    )
+    letters = {"labelFontSize": 12, "titleFontSize": 13}
+    legend = letters | {"orient": "bottom", "columns": 1, "labelLimit": 330, "symbolLimit": 0}
+    chart = chart.configure(axis=letters, legend=legend, view={"stroke": None}).to_dict()
+    known = {"title": title, "text": text, "chart": chart, "vega": vl_convert.javascript_bundle()}
+    return PAGES.get_template("explore.html.j2").render(known)
 
 
 def _finish(grid: sns.FacetGrid) -> Figure:

@@ -75,6 +75,18 @@ PENALTIES: dict[str, Penalty] = {"l0": l0, "l1": l1, "hoyer": hoyer, "transforme
 """By the names that `ActivationPenalty` and a configuration give them."""
 
 
+def _l0_value(x: Tensor, sigma: float) -> Tensor:
+    # 1 / (1 + sigma / x^2), in one piece of memory; where x is 0, this is 1 / infinity.
+    return _float32(x).pow(-2).mul_(sigma).add_(1).reciprocal_().sum()
+
+
+def _l0_gradient(x: Tensor, sigma: float, factor: Tensor) -> Tensor:
+    # 2 x / sigma / (1 + x^2 / sigma)^2
+    wide = _float32(x)
+    root = torch.addcmul(wide.new_ones(()), wide, wide, value=1 / sigma)
+    return root.pow_(-2).mul_(wide).mul_(factor * (2 / sigma)).to(x.dtype)
+
+
 class _L0(torch.autograd.Function):
     """`l0` with its own gradient, which needs `x` alone, as ReLU's does; plain autograd would keep others as large."""
 
@@ -82,17 +94,30 @@ class _L0(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, sigma: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.sigma = sigma
-        # 1 / (1 + sigma / x^2), in one piece of memory; where x is 0, this is 1 / infinity.
-        return _float32(x).pow(-2).mul_(sigma).add_(1).reciprocal_().sum()
+        return _l0_value(x, sigma)
 
     @staticmethod
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, None]:
-        # 2 x / sigma / (1 + x^2 / sigma)^2
-        (saved,) = ctx.saved_tensors
-        x = _float32(saved)
-        root = torch.addcmul(x.new_ones(()), x, x, value=1 / ctx.sigma)
-        gradient = root.pow_(-2).mul_(x).mul_(factor * (2 / ctx.sigma))
-        return gradient.to(saved.dtype), None
+        return _l0_gradient(*ctx.saved_tensors, ctx.sigma, factor), None
+
+
+class _ReLU(torch.autograd.Function):
+    """ReLU and, of its output's first `count` images, `l0`: where these are few, it costs little more than ReLU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inplace: bool, sigma: float, count: int) -> tuple[Tensor, Tensor]:
+        y = x.relu_() if inplace else x.relu()
+        ctx.mark_dirty(*[x] * inplace)
+        ctx.save_for_backward(y)
+        ctx.sigma, ctx.count = sigma, count
+        return y, _l0_value(y[:count], sigma)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, factor: Tensor) -> tuple[Tensor, None, None, None]:
+        (y,) = ctx.saved_tensors
+        gradient = torch.ops.aten.threshold_backward(gradient, y, 0)
+        gradient[: ctx.count] += _l0_gradient(y[: ctx.count], ctx.sigma, factor)
+        return gradient, None, None, None
 
 
 def _float32(x: Tensor) -> Tensor:
@@ -176,8 +201,10 @@ class ActivationPenalty:
         self._parameters = count_parameters(model)
         self._terms: dict[str, Tensor] = {}
         self._latest: dict[str, Tensor] = {}
-        self._running = self._in_layer = self._over = False
+        self._running = self._over = False
+        self._layer: str | None = None  # that is being called
         self._functions = _ZeroFunctions(self) if layers == "relu" else None
+        self._fused = layers == "relu" and self._penalty is l0
         leaves = leaf_modules(model)
         self._names = {leaves[name]: name for name in self.layers}
         self._handles = [model.register_forward_pre_hook(_Hook(self._start))]
@@ -234,7 +261,7 @@ class ActivationPenalty:
         eager = not torch.compiler.is_compiling()
         if eager and self._running and self._thread != get_ident():
             raise RuntimeError("the model runs in two threads at once, whose activations the penalty cannot tell apart")
-        self._terms, self._over, self._in_layer = {}, False, False
+        self._terms, self._over, self._layer = {}, False, None
         self._running, self._with_gradient = module.training, torch.is_grad_enabled()
         if eager and self._running:
             self._thread = get_ident()
@@ -249,28 +276,46 @@ class ActivationPenalty:
         if eager and self._functions:
             self._functions.__exit__(None, None, None)
 
-    def _enter(self, *_: Any) -> None:
-        self._in_layer = True  # whose own call of a function is no other layer
+    def _enter(self, leaf: nn.Module, _: Any) -> None:
+        self._layer = self._names.get(leaf)
 
     def _leave(self, leaf: nn.Module, _: Any, output: Any) -> None:
-        if leaf in self._names and self._model.training:
+        fused = self._fused and isinstance(leaf, nn.ReLU) and not torch.compiler.is_compiling()
+        if leaf in self._names and self._model.training and not fused:
             if not isinstance(output, Tensor):
                 kind = type(output).__name__
                 raise TypeError(f"{self._names[leaf]} returns {kind}, no tensor: name other layers in `layers`")
             self._add(self._names[leaf], output, isinstance(leaf, nn.ReLU))
-        self._in_layer = False
+        self._layer = None
 
     def _add(self, name: str, x: Tensor, keeps: bool) -> None:
         """Penalise the output of a layer's call; `keeps`: its own gradient needs it, so that nothing overwrites it."""
-        if self._running and self._with_gradient and not torch.is_grad_enabled():
-            raise RuntimeError(f"{name} runs without gradients: leave it out, or checkpoint with use_reentrant=False")
+        self._require_gradient(name)
         if self._share < 1:
-            x = x[: max(1, round(self._share * len(x)))]
+            x = x[: self._count(x)]
         value = self._penalty(x if keeps else x.clone(), self._sigma)
         if self._running:  # what gradient checkpointing computes once more, later, is no new pass
-            calls = sum(label.partition("#")[0] == name for label in self._terms)
-            label = f"{name}#{calls + 1}" if calls else name
-            self._terms[label] = value.float() * self._weight(label, x)
+            self._store(name, value, x)
+
+    def _relu(self, x: Tensor, inplace: bool) -> Tensor:
+        """ReLU and its penalty in one."""
+        name = self._layer or "F.relu"
+        self._require_gradient(name)
+        output, value = _ReLU.apply(x, inplace, self._sigma, self._count(x))
+        self._store(name, value, output[: self._count(x)])
+        return output
+
+    def _require_gradient(self, name: str) -> None:
+        if self._running and self._with_gradient and not torch.is_grad_enabled():
+            raise RuntimeError(f"{name} runs without gradients: leave it out, or checkpoint with use_reentrant=False")
+
+    def _count(self, x: Tensor) -> int:
+        return max(1, round(self._share * len(x)))
+
+    def _store(self, name: str, value: Tensor, x: Tensor) -> None:
+        calls = sum(label.partition("#")[0] == name for label in self._terms)
+        label = f"{name}#{calls + 1}" if calls else name
+        self._terms[label] = value.float() * self._weight(label, x)
 
     def _weight(self, label: str, x: Tensor) -> float:
         if self._normalization == "layer_mean":
@@ -283,17 +328,21 @@ class ActivationPenalty:
 
 
 class _ZeroFunctions(TorchFunctionMode):
-    """Adds to a penalty what calls a function that makes zeros, not in a module that the penalty knows."""
+    """Adds to a penalty what calls a function that makes zeros, by itself or as ReLU does."""
 
     def __init__(self, penalty: ActivationPenalty) -> None:
         super().__init__()
         self._penalty = penalty
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        output = function(*arguments, **(keywords or {}))
-        if function in ZERO_FUNCTIONS and not self._penalty._in_layer:
-            name = function.__name__.rstrip("_")
-            self._penalty._add(f"F.{name}", output, name == "relu")
+        keywords = keywords or {}
+        name = function.__name__ if function in ZERO_FUNCTIONS else ""
+        if self._penalty._fused and name in ("relu", "relu_"):
+            inplace = name == "relu_" or keywords.get("inplace", arguments[1:2] == (True,))
+            return self._penalty._relu(arguments[0] if arguments else keywords["input"], inplace)
+        output = function(*arguments, **keywords)
+        if name and self._penalty._layer is None:
+            self._penalty._add(f"F.{name.rstrip('_')}", output, name in ("relu", "relu_"))
         return output
 
 

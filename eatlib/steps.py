@@ -98,15 +98,17 @@ def train(folder: Path, name: str, *, for_weights: bool = False) -> None:
 
 def draw(folder: Path) -> None:
     """Execute the trade-off notebook on the study in `folder`, and make a self-contained page of it."""
+    sys.modules.setdefault("rfc3987_syntax", None)  # as in `train`
     import papermill
     from nbconvert import HTMLExporter
 
     notebook = folder / "tradeoff.ipynb"
     values = {"study": folder.name, "results": str(folder.parent)}
-    papermill.execute_notebook(TRADEOFF_NOTEBOOK, notebook, values, progress_bar=False, **KERNEL)
-    options = {"exclude_input": True, "exclude_output_prompt": True, "embed_images": True}
-    exporter = HTMLExporter(**options, mathjax_url="", require_js_url="")
-    write_atomically(notebook.with_suffix(".html"), exporter.from_filename(str(notebook))[0])
+    executed = papermill.execute_notebook(TRADEOFF_NOTEBOOK, notebook, values, progress_bar=False, **KERNEL)
+    executed.metadata.title = f"{folder.name}: accuracy against energy"
+    options = {"exclude_input": True, "exclude_output_prompt": True, "exclude_anchor_links": True}
+    exporter = HTMLExporter(**options, template_name="page", extra_template_basedirs=[str(TRADEOFF_NOTEBOOK.parent)])
+    write_atomically(notebook.with_suffix(".html"), exporter.from_notebook_node(executed)[0])
 
 
 def check_runs(folder: Path, download: str = "") -> int:

@@ -208,7 +208,8 @@ def test_it_runs_on_whatever_there_is_and_says_so(tradeoff, tmp_path, runs, sent
     notebook = tradeoff(runs, draw=True)
     assert sentence in notebook["said"]
     assert (tmp_path / "s" / "table.csv").is_file()
-    assert (tmp_path / "s" / "tradeoff.png").is_file() == bool(runs)
+    for name in ("tradeoff.png", "explore.html"):
+        assert (tmp_path / "s" / name).is_file() == bool(runs)
 
 
 def test_missing_runs_and_foreign_files_are_named(tradeoff, tmp_path):
