@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import json
 import weakref
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from test_energy import PJ, Modular, images, measure, sums, tiny
 from torch import Tensor, nn
 
-from eatlib.energy import HARDWARE, EnergyMeter, Hardware, activation_cost
+from eatlib.energy import HARDWARE, EnergyMeter, Hardware, activation_cost, energy_report
 from eatlib.hardware import energy_ratio, joules_per_image
 from eatlib.models import build_model
 
@@ -290,3 +291,15 @@ def test_activation_cost_is_what_one_more_activation_costs() -> None:
     assert cost["1"] == pytest.approx((2 * 1950 + 3 * 3.7) / dense)
     assert cost["2"] == pytest.approx(1950 / dense)
     assert set(activation_cost(Modular(), images(2, 3, 8, 8), hardware)) == {"first", "relu1", "second", "relu2"}
+
+
+def test_a_report_as_json_and_in_a_notebook() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.ReLU())
+    report = energy_report(model, [torch.rand(3, 1, 2, 2)])
+    values = json.loads(json.dumps(report.to_dict()))
+    assert values["ratio"] == report.ratio
+    assert [layer["name"] for layer in values["layers"]] == ["0", "1", "2"]
+    assert sum(layer["operations"] for layer in values["layers"]) == values["batches"][0]["operations"]
+    html = report._repr_html_()
+    assert f"energy ratio {report.ratio:.4f}" in html
+    assert "<td>BatchNorm2d</td>" in html

@@ -3,6 +3,8 @@
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import asdict
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,16 +59,31 @@ class EnergyReport:
         table["share"] = table["joules_per_image"] / (self.joules_per_image or 1)
         return table
 
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON-ready values, the layers as a list of rows."""
+        facts = ("accounting", "ratio", "joules_per_image", "dense_joules_per_image", "images", "uncounted")
+        rest = {"hardware": asdict(self.hardware), "batches": [asdict(size) for size in self.batches]}
+        layers = self.layers.astype(object).where(self.layers.notna(), None)
+        return {fact: getattr(self, fact) for fact in facts} | rest | {"layers": layers.to_dict("records")}
+
     def __str__(self) -> str:
+        above, table, below = self._texts()
+        return f"{above}\n{table.to_string(index=False, na_rep='-', float_format='{:.3g}'.format)}\n{below}"
+
+    def _repr_html_(self) -> str:
+        above, table, below = self._texts()
+        cells = table.to_html(index=False, na_rep="-", float_format="{:.3g}".format, border=0)
+        return f"<p>{escape(above)}</p>{cells}<p>{escape(below)}</p>"
+
+    def _texts(self) -> tuple[str, "pd.DataFrame", str]:
         columns = ["name", "kind", "firing", "operations", "effective_operations", "joules_per_image", "share"]
         sizes = ", ".join(f"{size.batches} x {size.images // size.batches}" for size in self.batches)
-        table = self.layers[columns].to_string(index=False, na_rep="-", float_format="{:.3g}".format)
-        return (
+        above = (
             f"energy ratio {self.ratio:.4f} ({self.accounting}, {self.hardware.name}), "
             f"{self.joules_per_image:.3g} J an image with zero-skipping, {self.dense_joules_per_image:.3g} J without\n"
-            f"{self.images} images in batches of {sizes}\n{table}\n"
-            f"not counted: {'; '.join(self.uncounted) or 'nothing'}"
+            f"{self.images} images in batches of {sizes}"
         )
+        return above, self.layers[columns], f"not counted: {'; '.join(self.uncounted) or 'nothing'}"
 
 
 class EnergyMeter:
