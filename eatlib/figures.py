@@ -10,7 +10,7 @@ from matplotlib.patheffects import withStroke
 
 from eatlib.hardware import ACCOUNTINGS, HARDWARE
 from eatlib.results import ROOT
-from eatlib.tables import setting_text
+from eatlib.tables import SETTING, setting_text
 
 RATIO, ACCURACY = "test_published_ratio", "test_accuracy"
 AXIS_NAMES = {RATIO: "energy ratio (published)", ACCURACY: "test accuracy"}
@@ -42,7 +42,8 @@ def tradeoff_figure(points: pd.DataFrame, margin: float) -> Figure:
 
     Args:
         points: a row a point, of standard training if lambda is 0. `layer` is "run", "collapsed run", "mean" (of a
-            setting), "paper", `FRONT` (a line joins these) or `SELECTED` (a ring); `floor` is where no ReLU fires.
+            setting; a line joins those of a path), "paper", `FRONT` (a line joins these) or `SELECTED` (a ring); `floor`
+            is where no ReLU fires.
         margin: accuracy below the mean of standard training that the shaded band reaches down.
     """
     training = points["lambda"].eq(0).map({True: STANDARD, False: AWARE})
@@ -58,6 +59,13 @@ def tradeoff_figure(points: pd.DataFrame, margin: float) -> Figure:
             axis.axhspan(top - margin, top, color="0.9", zorder=0, label=band)
         for floor in own["floor"].dropna().unique():
             axis.axvline(floor, color="0.5", linestyle="--", linewidth=1, zorder=0.9, label="no ReLU fires")
+        means = own[own["layer"] == "mean"]
+        steps = means[means["path"] != ""]
+        for _, path in steps.groupby([key for key in SETTING if key not in ("lambda", "path", "epochs")]):
+            path = pd.concat([means[(means["lambda"] == 0) & (means["path"] == "")], path.sort_values("path", key=len)])
+            axis.plot(
+                path[RATIO], path[ACCURACY], color=COLORS[AWARE], zorder=0.8, label="path, from the weights before"
+            )
         if len(front):
             axis.plot(front[RATIO], front[ACCURACY], color="0.4", linewidth=1.2, zorder=0.9, label=FRONT)
         if len(selected):

@@ -259,7 +259,9 @@ class StudyResults:
     def table(self, hardware: str | Hardware | None = None) -> "pd.DataFrame":
         """One row a run: its file name, its configuration, and accuracies and energies as `<split>_<quantity>`.
 
-        With lambda 0 the penalty's fields have their defaults, so that standard training is one group.
+        With lambda 0 the penalty's fields have their defaults, so that standard training is one group. `path` has the
+        lambdas of the runs from which a run started, the first one first; `total_epochs` and `total_seconds` count
+        theirs too.
         `test_relu_firing` is the mean over ReLUs of their firing share; `collapsed`: macro accuracy at most 5 % of the
         way from chance to perfect.
 
@@ -268,12 +270,25 @@ class StudyResults:
         """
         import pandas as pd
 
-        return pd.DataFrame([_row(name, result, hardware) for name, result in self.runs.items()])
+        rows = [_row(name, result, hardware) | self._costs(result) for name, result in self.runs.items()]
+        return pd.DataFrame(rows)
+
+    def _costs(self, result: RunResult) -> dict[str, Any]:
+        """What a run took, with all that it started from."""
+        known = {other.config_hash: other for other in self.runs.values()}
+        chain = [result]
+        while before := known.get(chain[0].config.start or ""):
+            chain.insert(0, before)
+        seconds = [other.provenance.wall_seconds for other in chain]
+        path = ", ".join(f"{other.config.lambda_:g}" for other in chain[:-1])
+        return {"path": path, "total_epochs": sum(o.config.epochs for o in chain), "total_seconds": sum(seconds)}
 
 
 def _row(name: str, result: RunResult, hardware: str | Hardware | None) -> dict[str, Any]:
     config, data = result.config, result.data
     row = {"run": name} | {key: RunConfig.model_fields[key].default for key in PENALTY_FIELDS} | config.computed()
+    if config.starts_from_run:
+        del row["start"]  # another one for each seed
     if not isinstance(row["penalty_layers"], str):
         row["penalty_layers"] = ", ".join(row["penalty_layers"])  # a list could not be grouped by
     prices = find_hardware(hardware or config.hardware)

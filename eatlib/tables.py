@@ -13,7 +13,7 @@ import pandas as pd
 from eatlib.config import PENALTY_FIELDS
 
 GROUP = ["dataset", "model"]
-SETTING = [*PENALTY_FIELDS, "lambda"]
+SETTING = [*PENALTY_FIELDS, "lambda", "path", "epochs"]
 NAMES = {"resnet18": "ResNet-18", "vgg16": "VGG-16", "cifar10": "CIFAR-10", "gtsrb": "GTSRB", "celeba": "CelebA"}
 """How data sets and networks are written for readers; others are written as they are."""
 
@@ -23,9 +23,12 @@ WORDS = {
     "penalty": "{}",
     "penalty_layers": "on {}",
     "penalty_normalization": "{}",
+    "penalty_share": "on {:.0%} of the images",
     "warmup_epochs": "warm-up {:.0f}",
+    "path": "after λ {}",
+    "epochs": "{:.0f} epochs",
 }
-"""How the fields of a penalty are written for readers, in the order of reading."""
+"""How the fields of a setting are written for readers, in the order of reading."""
 
 
 def names(table: pd.DataFrame) -> list[str]:
@@ -38,9 +41,12 @@ def names(table: pd.DataFrame) -> list[str]:
 
 def setting_text(setting: Mapping[str, Any], keys: Collection[str]) -> str:
     """Those fields of a penalty, lambda first; ST for standard training, none where nothing was selected."""
-    if not setting["lambda"] > 0:
-        return "ST" if setting["lambda"] == 0 else "none within the margin"
-    return ", ".join(word.format(setting[key]) for key, word in WORDS.items() if key in keys)
+    if pd.isna(setting["lambda"]):
+        return "none within the margin"
+    if setting["lambda"] == 0 and not setting["path"]:
+        return "ST"
+    words = [word.format(setting[key]) for key, word in WORDS.items() if key in keys]
+    return ", ".join(words).replace("after λ ,", "from nothing,")
 
 
 def mean_std(table: pd.DataFrame, column: str, form: str = "{:.3f}", absent: str = "") -> list[str]:
