@@ -42,8 +42,8 @@ def tradeoff_figure(points: pd.DataFrame, margin: float) -> Figure:
 
     Args:
         points: a row a point, of standard training if lambda is 0. `layer` is "run", "collapsed run", "mean" (of a
-            setting; a line joins those of a path), "paper", `FRONT` (a line joins these) or `SELECTED` (a ring); `floor`
-            is where no ReLU fires.
+            setting; a line joins those of a path), "paper", `FRONT` (a line joins these) or `SELECTED` (a ring);
+            `floor` is where no ReLU fires.
         margin: accuracy below the mean of standard training that the shaded band reaches down.
     """
     training = points["lambda"].eq(0).map({True: STANDARD, False: AWARE})
@@ -62,7 +62,7 @@ def tradeoff_figure(points: pd.DataFrame, margin: float) -> Figure:
         means = own[own["layer"] == "mean"]
         steps = means[means["path"] != ""]
         for _, path in steps.groupby([key for key in SETTING if key not in ("lambda", "path", "epochs")]):
-            path = pd.concat([means[(means["lambda"] == 0) & (means["path"] == "")], path.sort_values("path", key=len)])
+            path = pd.concat([means[(means["lambda"] == 0) & (means["path"] == "")], path.sort_values("total_epochs")])
             axis.plot(
                 path[RATIO], path[ACCURACY], color=COLORS[AWARE], zorder=0.8, label="path, from the weights before"
             )

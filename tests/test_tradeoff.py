@@ -186,10 +186,35 @@ def test_all_settings_are_listed_and_collapsed_runs_counted(tradeoff, tmp_path):
     assert "| digits, ResNet-18 | λ 10, σ 0.0001 | 0.700 ± 0.283 (1 collapsed) |" in text
 
 
+def test_a_path_is_a_line_from_standard_training_and_counts_all_its_epochs(tradeoff, make_result):
+    extra = []
+    for seed in (0, 1):
+        before = make_result(**{"epochs": 1, "width": 0.0625, "lambda": 0, "seed": seed}).config_hash
+        for weight, accuracy, ratio in ((2, 0.91, 0.7), (4, 0.90, 0.6)):
+            values = {"lambda": weight, "seed": seed, "start": before, "epochs": 3}
+            extra.append(values | {"accuracy": accuracy, "ratio": ratio})
+            before = make_result(**({"width": 0.0625} | values)).config_hash
+    runs = {0: RUNS[0], 4: [(0.89, 0.65)] * 2}
+    known = tradeoff(runs, extra=extra)
+    assert row_of(known)["path"] == "0, 2", "the step, not the run from nothing"
+    listed = known["listed"].set_index(["lambda", "path"])["total_epochs"].to_dict()
+    assert listed == {(0, ""): 1, (4, ""): 1, (2, "0"): 4, (4, "0, 2"): 7}
+    (axis,) = figures.tradeoff_figure(known["points"], 0.03).axes
+    (path,) = [line for line in axis.get_lines() if str(line.get_label()).startswith("path")]
+    assert list(path.get_xdata()) == pytest.approx([0.79, 0.7, 0.6])
+    text = known["text"]["penalty"].tolist()
+    assert text[1:] == [
+        "λ 4, σ 0.0001, from nothing, 1 epochs",
+        *(f"λ {weight}, σ 0.0001, after λ {before}, 3 epochs" for weight, before in ((2, "0"), (4, "0, 2"))),
+    ]
+
+
 def test_runs_that_differ_in_more_than_penalty_and_seed_are_named(tradeoff):
     assert "MIXED" not in tradeoff()["said"]
-    other = {"accuracy": 0.9, "ratio": 0.7, "lambda": 1, "seed": 2, "epochs": 2}
-    assert "the runs of digits, ResNet-18 differ in epochs: make each its own study" in tradeoff(extra=[other])["said"]
+    other = {"accuracy": 0.9, "ratio": 0.7, "lambda": 1, "seed": 2, "momentum": 0.8}
+    assert (
+        "the runs of digits, ResNet-18 differ in momentum: make each its own study" in tradeoff(extra=[other])["said"]
+    )
 
 
 @pytest.mark.parametrize(
