@@ -42,6 +42,13 @@ def status(process: psutil.Process) -> str | None:
         return None
 
 
+def name_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline()[-4:])
+    except psutil.NoSuchProcess:
+        return "ended meanwhile"
+
+
 def results_of(folder: Path) -> dict[str, str]:
     """What every result says, timings aside."""
     found = {}
@@ -82,7 +89,7 @@ def main() -> int:
                     time.sleep(0.05)
                 if runner.poll() is None:
                     family = [runner, *runner.children(recursive=True)]
-                    names = {process.pid: " ".join(process.cmdline()[-4:]) for process in family}
+                    names = {process.pid: name_of(process) for process in family}
                     victim = random.choice(family)
                     sign = random.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
                     counts["kills"] += 1

@@ -54,7 +54,7 @@ def project(tmp_path):
     for name in ("eatlib", "profiles", "studies"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "Snakefile", root)
-    (root / "notebooks").mkdir()
+    shutil.copytree(ROOT / "notebooks" / "page", root / "notebooks" / "page")
     notebook(root / "notebooks" / "1_train.ipynb", "start_weights = work_dir = ''", TOY_TRAINING)
     draw = "import pathlib\nfor name in ('csv', 'md'): pathlib.Path(results, study, f'table.{name}').write_text('|a|')"
     notebook(root / "notebooks" / "2_tradeoff.ipynb", "study = results = ''", draw)
@@ -101,7 +101,7 @@ def test_the_readmes_command_from_a_study_to_its_figures(tmp_path):
         assert {"table.csv", "tradeoff.png", "tradeoff.pdf", "tradeoff.html"} <= {p.name for p in folder.iterdir()}
         assert not list((folder / "work").glob("*/*"))
         assert "accuracy" in done.stdout
-        tables.append(StudyResults.load(folder).table().drop(columns="wall_seconds"))
+        tables.append(StudyResults.load(folder).table().drop(columns=["wall_seconds", "total_seconds"]))
     assert tables[0].equals(tables[1])
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*.json")}
     again = subprocess.run(command, capture_output=True, text=True)
