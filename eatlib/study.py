@@ -187,7 +187,7 @@ def run(name: str, arguments: argparse.Namespace, options: list[str]) -> int:
         check = [sys.executable, "-m", "eatlib.steps", "check", str(folder)] + ["--download"] * arguments.download
         if missing and subprocess.run(check).returncode:
             return 2
-        for name in missing:
+        for name in (*missing, "figures"):
             (folder / "log" / f"{name}.log").unlink(missing_ok=True)
         status = run_engine(folder, names, options)
         if problems := failures(folder, names):
@@ -197,8 +197,14 @@ def run(name: str, arguments: argparse.Namespace, options: list[str]) -> int:
             print(*problems, sep="\n", file=sys.stderr)
             subprocess.run([sys.executable, "-m", "eatlib.steps", "draw", str(folder)], capture_output=True)
         elif status:
-            end = (folder / "log" / "snakemake.log").read_text(errors="replace").strip().splitlines()[-1:]
-            print(f"error: the engine stopped: {''.join(end)}\nsee {folder}/log/", file=sys.stderr)
+            logs = [folder / "log" / f"{name}.log" for name in ("figures", "snakemake")]
+            last = [
+                line
+                for log in logs
+                if log.exists()
+                for line in log.read_text(errors="replace").strip().splitlines()[-1:]
+            ]
+            print(f"error: figures or the engine failed: {' | '.join(last)}\nsee {folder}/log/", file=sys.stderr)
         if (folder / "table.md").exists():
             print(f"\n{(folder / 'table.md').read_text(encoding='utf-8')}")
             print(f"figures, tables and {folder}/tradeoff.html are in {folder}")

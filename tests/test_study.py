@@ -149,6 +149,18 @@ def test_a_path_is_done_in_order_and_a_failed_step_stops_no_other_path(project):
     assert (folder / f"{names[1]}.json").stat().st_mtime_ns == before
 
 
+def test_figures_that_fail_are_reported_and_drawn_by_the_next_call(project):
+    trade = project / "notebooks" / "2_tradeoff.ipynb"
+    whole = trade.read_text()
+    trade.write_text(whole.replace("import pathlib", "1 / 0"))
+    done = run(project, "toy")
+    assert done.returncode == 1
+    assert "figures or the engine failed: ZeroDivisionError: division by zero | " in done.stderr
+    trade.write_text(whole)
+    assert run(project, "toy").returncode == 0
+    assert len(executions(project)) == 4
+
+
 def test_the_engine_can_be_called_by_itself(project):
     command = [sys.executable, "-m", "snakemake", "--config", "study=toy"]
     done = subprocess.run(command, cwd=project, env=environment(project), capture_output=True, text=True)
