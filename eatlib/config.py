@@ -239,7 +239,7 @@ class Block(BaseModel):
 
     fixed: dict[str, Any] = {}
     grid: dict[str, list[Any]] = {}
-    path: list[dict[str, Any]] = [{}]
+    path: list[dict[str, Any]] = Field([{}], min_length=1)
 
 
 class Study(BaseModel):
@@ -296,6 +296,9 @@ class Study(BaseModel):
                     point |= step if before is None else {"start": before} | step
                     run = RunConfig.parse(point, where)
                     before = runs.setdefault(run.hash, run).hash
+        for run in runs.values():
+            if run.starts_from_run and run.start not in runs:
+                raise ConfigError(f"study {self.name}: start = {run.start!r}: must be the hash of one of its runs")
         return _named(runs.values())
 
     def to_yaml(self) -> str:

@@ -121,7 +121,7 @@ def explore_page(runs: pd.DataFrame, title: str, text: str) -> str:
     Args:
         runs: a row a run: `file`, `title`, `penalty` in words, ..., and energy ratios "<accounting> at <hardware>".
     """
-    sys.modules.setdefault("rfc3987_syntax", None)  # as in `eatlib.steps.train`
+    sys.modules.setdefault("rfc3987_syntax", None)  # as in `eatlib.steps.main`
     import altair as alt
     import vl_convert
 

@@ -54,7 +54,6 @@ def train(folder: Path, name: str, *, for_weights: bool = False) -> None:
     Args:
         for_weights: train also if there is a result, to have the same weights once more.
     """
-    sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema's optional check compiles a grammar for over a second
     import papermill
 
     files = result_files(Study.load(folder / "study.yaml"), folder)
@@ -98,7 +97,6 @@ def train(folder: Path, name: str, *, for_weights: bool = False) -> None:
 
 def draw(folder: Path) -> None:
     """Execute the trade-off notebook on the study in `folder`, and make a self-contained page of it."""
-    sys.modules.setdefault("rfc3987_syntax", None)  # as in `train`
     import papermill
     from nbconvert import HTMLExporter
 
@@ -200,6 +198,7 @@ def end_with_parent() -> None:
 
 def main() -> int:
     """Do the step that the command line says."""
+    sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema's optional check compiles a grammar for over a second
     end_with_parent()
     name, folder, *arguments = sys.argv[1:]
     return {"train": train, "draw": draw, "check": check_runs}[name](Path(folder), *arguments) or 0
