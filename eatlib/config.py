@@ -322,7 +322,8 @@ def _named(runs: Collection[RunConfig]) -> dict[str, RunConfig]:
     """Runs by file name: data set, network, what differs among the runs of these two, lambda and seed."""
     seen: dict[tuple[str, str, str], set[str]] = {}
     for run in runs:
-        for key, value in run.computed().items():
+        unnamed = LATER_FIELDS - (set(PENALTY_FIELDS) if run.lambda_ == 0 else set())  # at a default, which counts too
+        for key, value in (dict.fromkeys(unnamed) | run.computed()).items():
             seen.setdefault((run.dataset, run.model, key), set()).add(str(value))
     named: dict[str, RunConfig] = {}
     for run in runs:

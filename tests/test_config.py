@@ -139,6 +139,21 @@ def test_a_grid_is_expanded_and_duplicates_merged(tmp_path):
     assert list(runs)[-1] == "digits_resnet18_lambda2_sigma0.01_seed0"
 
 
+def test_a_field_that_only_some_runs_change_is_in_their_names(tmp_path):
+    loaded = study(
+        tmp_path,
+        """
+        label: test
+        blocks:
+          - grid: {lambda: [0, 1]}
+          - grid: {lambda: [0, 1]}
+            fixed: {penalty_share: 0.5}
+        """,
+    )
+    shared, part = "digits_resnet18_lambda1_seed0", "digits_resnet18_lambda1_penalty_share0.5_seed0"
+    assert list(loaded.runs()) == ["digits_resnet18_lambda0_seed0", shared, part]
+
+
 def test_a_runs_name_says_what_varies_among_the_runs_of_its_data_set_and_network(tmp_path):
     text = """
         label: test
