@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from eatlib import results
 from eatlib.checkpoint import TrainingState, load_start, save_weights
 from eatlib.config import RunConfig
-from eatlib.data import Data, Split, batches, count_batches, load_data, training_batches
+from eatlib.data import Data, Split, count_batches, load_data, training_batches
 from eatlib.energy import ACCOUNTINGS, EnergyMeter, activation_cost
 from eatlib.models import build_model, count_parameters
 from eatlib.penalties import ActivationPenalty
@@ -251,7 +251,7 @@ def predict(model: nn.Module, split: Split, *, batch_size: int = 512, device: to
     """Logits (N, classes) of all images of a split, on the model's device; leaves the model in evaluation mode."""
     model.eval()
     with torch.no_grad():
-        return torch.cat([model(images.to(device)) for images, _ in batches(split, batch_size)])
+        return torch.cat([model(images.to(device)) for images in split.images.split(batch_size)])
 
 
 # --- where it runs --------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from eatlib.config import RunConfig
-from eatlib.data import Data, DataError, Split, augment, batches, load_data, training_batches
+from eatlib.data import Data, DataError, Split, augment, load_data, training_batches
 from eatlib.data.augment import PADDING, ROTATION, draw
 
 DIGITS_DIGEST = "ace363b25212d35b1292715e07d838e65838df5b48b6674671fc52f29f618dc6"
@@ -82,7 +82,6 @@ def test_an_epoch_is_every_image_once_shuffled_and_augmented_as_drawn():
 def test_a_last_batch_of_one_joins_the_one_before(count, sizes):
     split = Split(torch.zeros(count, 3, 4, 4, dtype=torch.uint8), torch.arange(count))
     assert [len(labels) for _, labels in training_batches(split, 30, "none", seeded())] == sizes
-    assert torch.cat([labels for _, labels in batches(split, 30)]).equal(split.labels)
 
 
 def test_each_image_is_cropped_and_mirrored_as_drawn():

@@ -5,6 +5,6 @@ batches. Which files each data set needs, and how to add one's own: data/README.
 """
 # ruff: noqa: F401
 
-from eatlib.data.augment import augment, batches, count_batches, training_batches
+from eatlib.data.augment import augment, count_batches, training_batches
 from eatlib.data.images import Data, Split, load_data
 from eatlib.sources import SOURCES, DataError, Listing, Source, source

@@ -16,11 +16,6 @@ ROTATION = 15.0
 """Largest random rotation, in degrees to either side. The paper names the rotation, not its size."""
 
 
-def batches(split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images (N, 3, H, W), uint8, and labels (N,) of a split, in order; the last batch may be short."""
-    yield from zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True)
-
-
 def count_batches(count: int, batch_size: int) -> int:
     """How many batches `training_batches` makes of so many images."""
     return max(1, -(-(count - 1) // batch_size))  # a last image of its own joins the batch before

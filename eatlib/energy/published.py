@@ -58,10 +58,8 @@ def skip_operations(rows: list[Row]) -> None:
 
 def _parameters(module: nn.Module) -> list[Tensor]:
     named = module._parameters | module._buffers
-    # torch.nn.utils.prune keeps the dense weight and a mask; the layer computes with their product.
-    pruned = [name.removesuffix("_orig") for name in named if name.endswith("_orig")]
-    names = named.keys() - {name + part for name in pruned for part in ("_orig", "_mask")}
-    found = [getattr(module, name) for name in (*names, *pruned)]
+    # torch.nn.utils.prune keeps the dense weight (_orig) and a mask; the layer computes with their product.
+    names = [name.removesuffix("_orig") for name in named if f"{name.removesuffix('_mask')}_orig" not in named]
     if isinstance(module, nn.BatchNorm2d):
-        found += [module.running_mean, module.running_var]
-    return [x for x in found if x is not None]
+        names += ["running_mean", "running_var"]
+    return [x for name in names if (x := getattr(module, name)) is not None]
