@@ -20,10 +20,10 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import Tensor, UntypedStorage, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eatlib.energy.count import ZERO, Row, count_nonzero, finish, tensors
@@ -97,10 +97,9 @@ class ForwardPass(TorchDispatchMode):
         self.rows: dict[Accounting, list[Row]] = {"published": [], "fused": []}
         self.uncounted: dict[Accounting, dict[str, None]] = {"published": {}, "fused": {}}
         self.uses: list[tuple[tuple[str, ...], int, int]] = []
-        self._counts: dict[Hashable, int | Tensor] = {}
-        self._values: dict[Hashable, Value] = {}  # by place, and the latest by memory: for other views of what changed
-        self._versions: Counter[int] = Counter()  # of memory; inference mode is without PyTorch's own
-        self._storages: dict[int, StorageWeakRef] = {}
+        # By memory, then by part of it, until an operator writes to that memory; None: the latest value there.
+        self._counts: WeakKeyDictionary[UntypedStorage, dict[Hashable, int | Tensor]] = WeakKeyDictionary()
+        self._values: WeakKeyDictionary[UntypedStorage, dict[Hashable, Value]] = WeakKeyDictionary()
         self._calls: Counter[str] = Counter()
         self._labels: Counter[str] = Counter()
         for x in inputs:
@@ -160,7 +159,8 @@ class ForwardPass(TorchDispatchMode):
         output = function(*arguments, **(keywords or {}))
         if function._schema.is_mutable:
             for y in tensors(output):  # an operator that changes a tensor returns it
-                self._versions[y.untyped_storage()._cdata] += 1
+                self._counts.pop(y.untyped_storage(), None)
+                self._values.pop(y.untyped_storage(), None)
         if kind == "constant":
             return output
         if kind == "product":
@@ -173,31 +173,21 @@ class ForwardPass(TorchDispatchMode):
             self._set_value(y, replace(value) if part else value)
         return output
 
-    def _place(self, x: Tensor) -> tuple[int, Hashable]:
-        """What `x` shares with its views alone, and which of their elements it is, until an operator writes to them."""
-        storage = x.untyped_storage()
-        memory = storage._cdata
-        if memory not in self._storages:
-            self._storages[memory] = StorageWeakRef(storage)  # while this lives, the address is not used again
-        dimensions = tuple(sorted(zip(x.stride(), x.shape, strict=True)))
-        return memory, (self._versions[memory], x.dtype, x.storage_offset(), dimensions)
-
     def _count(self, x: Tensor) -> int | Tensor:
-        place = self._place(x)
-        if place not in self._counts:
-            self._counts[place] = count_nonzero(x)
-        return self._counts[place]
+        counts, part = self._counts.setdefault(x.untyped_storage(), {}), _part(x)
+        if part not in counts:
+            counts[part] = count_nonzero(x)
+        return counts[part]
 
     def _value(self, x: Tensor) -> Value | None:
         """None for constants: parameters, buffers and whatever is made of them alone."""
-        place = self._place(x)
-        if place not in self._values and place[0] in self._values:
-            self._values[place] = replace(self._values[place[0]], written=False)
-        return self._values.get(place)
+        values, part = self._values.get(x.untyped_storage(), {}), _part(x)
+        if values and part not in values:
+            values[part] = replace(values[None], written=False)
+        return values.get(part)
 
     def _set_value(self, x: Tensor, value: Value) -> None:
-        place = self._place(x)
-        self._values[place] = self._values[place[0]] = value
+        self._values.setdefault(x.untyped_storage(), {}).update({_part(x): value, None: value})
 
     def _new_row(self, operator: str, kind: str) -> Row:
         module, leaf = self.running[-1]
@@ -233,6 +223,11 @@ class ForwardPass(TorchDispatchMode):
             self.rows["fused"][value.producer].charge("outputs", x, self._count(x))
             self.uses.append((value.layers, x.numel(), 0))
             value.written = True
+
+
+def _part(x: Tensor) -> Hashable:
+    """Which elements of its memory a tensor has, in whatever order."""
+    return x.dtype, x.storage_offset(), tuple(sorted(zip(x.stride(), x.shape, strict=True)))
 
 
 def _effective_macs(operator: str, arguments: Any, left: Tensor, right: Tensor) -> Tensor:
