@@ -79,6 +79,17 @@ def tradeoff_figure(points: pd.DataFrame, margin: float) -> Figure:
     return _finish(grid)
 
 
+def ways_figure(means: pd.DataFrame) -> Figure:
+    """Test accuracy against energy ratio, a panel for each `title`; a line for each `name`, in the rows' order."""
+    semantics = {"x": RATIO, "y": ACCURACY, "hue": "name", "style": "name", "col": "title"}
+    looks = {"kind": "line", "sort": False, "markers": True, "dashes": False, "markersize": 8}
+    grid = sns.relplot(means, **semantics, **looks, **PANELS)
+    grid.set_axis_labels(AXIS_NAMES[RATIO], AXIS_NAMES[ACCURACY]).set_titles("{col_name}")
+    for axis in grid.axes.flat:
+        axis.locator_params("x", nbins=6)
+    return _finish(grid)
+
+
 def ablation_figure(runs: pd.DataFrame) -> Figure:
     """The paper's figure 3: test accuracy and energy ratio over lambda, a line a sigma, means over seeds.
 

@@ -129,6 +129,22 @@ def test_published_selects_for_both_accountings(tradeoff):
     assert row_of(notebook, "fused")["energy_decrease_percent"] == pytest.approx(50)
 
 
+def test_hypervolumes_and_their_changes_by_hand(tradeoff):
+    runs = {
+        0: [{"accuracy": 0.9, "ratio": 0.8, "epochs": 8}, {"accuracy": 0.9, "ratio": 0.8, "epochs": 8}],
+        1: [{"accuracy": 0.9, "ratio": 0.7}, {"accuracy": 0.85, "ratio": 0.7}],
+        2: [{"accuracy": 0.85, "ratio": 0.5}, {"accuracy": 0.9, "ratio": 0.5}],  # of seed 1, it dominates lambda 1
+        4: [{"accuracy": 0.7, "ratio": 0.4}, {"accuracy": 0.8, "ratio": 0.4}],  # 10 points and more below: no area
+    }
+    longer = [{"accuracy": 0.9, "ratio": 0.6, "epochs": 3, "lambda": value, "seed": 0} for value in (1, 2)]
+    notebook = tradeoff(runs, extra=longer)
+    first, other, second = notebook["volumes"].to_dict("records")
+    assert first["hypervolume"] == pytest.approx(0.2 * 0.05 + 0.1 * 0.1)
+    assert second["hypervolume"] == pytest.approx(0.3 * 0.1)
+    assert (other["name"], other["change_percent"]) == ("from nothing, 3 epochs a λ", pytest.approx(0))
+    assert (first["epochs"], first["images_a_point"], other["epochs"]) == (8 + 3, 11 / 4 * 70, 8 + 2 * 3)
+
+
 def test_other_prices_apply_to_the_counts_and_go_to_a_folder_of_their_own(tradeoff, tmp_path):
     runs = {0: [{"ratio": 0.8, "products": 1.0}], 1: [{"ratio": 0.6, "products": 0.0}]}
     name = "horowitz-45nm-int8-sram"  # 12.5 pJ an access, 0.2 pJ a multiplication, as many of the one as of the other
