@@ -1,7 +1,6 @@
 """What a run leaves behind: one validated JSON, written whole or not at all, and a table of many."""
 
 import hashlib
-import json
 import os
 import platform
 import subprocess
@@ -151,11 +150,7 @@ class RunResult(_Record):
             ResultError: the file is damaged, foreign, or altered.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ResultError(f"{path}: not a JSON file ({error})") from None
-        try:
-            return cls.model_validate(values)
+            return cls.model_validate_json(Path(path).read_bytes())
         except ValidationError as error:
             raise ResultError(explain(error, str(path), list(cls.model_fields))) from None
 

@@ -304,7 +304,7 @@ def test_what_is_no_result_of_the_run_is_set_aside_and_the_run_done(project, mak
     make_result(**{"lambda": 1, "seed": 1}).save(folder / "under_another_name.json")
     done = run(project, "toy")
     assert done.returncode == 0, done.stderr
-    assert f"not a result: {folder}/{names[0]}.json: not a JSON file" in done.stderr
+    assert f"not a result: {folder}/{names[0]}.json: Invalid JSON: EOF while parsing" in done.stderr
     for name in names:
         assert f"{name}.json is no result of this configuration: moved to {folder}/superseded/{name}." in done.stderr
     assert len(list((folder / "superseded").iterdir())) == 2
