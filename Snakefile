@@ -6,6 +6,7 @@ from pathlib import Path
 
 from eatlib import steps
 from eatlib.config import Study
+from eatlib.results import StudyResults
 from eatlib.study import open_study
 
 if "folder" in config:  # written by run_all.sh: a study file beside its results
@@ -14,7 +15,7 @@ if "folder" in config:  # written by run_all.sh: a study file beside its results
 else:
     study = open_study(config.get("study", "quick"))
     folder = f"results/{study.name}"
-runs = steps.result_files(study, Path(folder))
+runs = StudyResults.load(folder, study).configs
 
 if os.environ.get(steps.PARENT) == str(os.getppid()):  # not in a job on another machine
     steps.end_with_parent()
@@ -45,12 +46,10 @@ rule figures:
         notebook=f"{folder}/tradeoff.ipynb",
         page=f"{folder}/tradeoff.html",
         table=f"{folder}/table.csv",
-    params:
-        python=sys.executable,
     log:
         f"{folder}/log/figures.log",
     shell:
-        "exec {params.python:q} -m eatlib.steps draw {folder:q} > {log:q} 2>&1"
+        "exec {sys.executable:q} -m eatlib.steps draw {folder:q} > {log:q} 2>&1"
 
 
 rule train:
@@ -61,8 +60,6 @@ rule train:
         before=lambda wildcards: [ancient(f"{folder}/{name}.json") for name in befores(wildcards.run)],
     output:
         f"{folder}/{{run}}.json",
-    params:
-        python=sys.executable,
     log:
         f"{folder}/log/{{run}}.log",
     threads: lambda wildcards: runs[wildcards.run].threads
@@ -70,7 +67,7 @@ rule train:
         mem_mb=2000,
         gpu=lambda wildcards: int(runs[wildcards.run].device != "cpu" and bool(steps.local_gpus())),
     shell:
-        "exec {params.python:q} -m eatlib.steps train {folder:q} {wildcards.run:q} > {log:q} 2>&1"
+        "exec {sys.executable:q} -m eatlib.steps train {folder:q} {wildcards.run:q} > {log:q} 2>&1"
 
 
 rule study_file:
