@@ -260,13 +260,13 @@ class Study(BaseModel):
         """Read and validate a study file, all its runs included.
 
         Raises:
-            ConfigError: the file is not YAML, or has an unknown field, a value out of range, ...
+            ConfigError: the file is not there, is not YAML, or has an unknown field, a value out of range, ...
         """
         try:
             values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # a safe loader
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             reason = " ".join(str(error).split())
-            raise ConfigError(f"{path}: not a YAML file ({reason})") from None
+            raise ConfigError(f"{path}: not a readable YAML file ({reason})") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: must be a mapping with the fields label, fixed, blocks")
         try:

@@ -212,12 +212,14 @@ class StudyResults:
     """What the results folder of a study holds.
 
     Attributes:
-        runs: the results of the study's runs by file name, in the study's order.
+        configs: the study's runs by the name of the file that has their result, or will have it.
+        runs: the results by the same names, in the study's order.
         missing: names of the runs that have no result.
         problems: one message for each file that is not a result.
     """
 
     study: Study
+    configs: dict[str, RunConfig]
     runs: dict[str, RunResult]
     missing: list[str]
     problems: list[str]
@@ -230,8 +232,7 @@ class StudyResults:
             study: whose results these are; None: the folder's `study.yaml`. Results of other runs are left out.
 
         Raises:
-            ConfigError: `study.yaml` is not valid.
-            FileNotFoundError: there is none.
+            ConfigError: there is no `study.yaml`, or it is not valid.
         """
         folder = Path(folder)
         study = study or Study.load(folder / "study.yaml")
@@ -243,11 +244,12 @@ class StudyResults:
                 problems.append(str(error))
             else:
                 found[result.config_hash] = path.stem, result
-        runs = study.runs()
+        configs = {found.get(run.hash, (name,))[0]: run for name, run in study.runs().items()}
         return cls(
             study=study,
-            runs=dict(found[run.hash] for run in runs.values() if run.hash in found),
-            missing=[name for name, run in runs.items() if run.hash not in found],
+            configs=configs,
+            runs=dict(found[run.hash] for run in configs.values() if run.hash in found),
+            missing=[name for name, run in configs.items() if run.hash not in found],
             problems=problems,
         )
 
@@ -265,22 +267,14 @@ class StudyResults:
         """
         import pandas as pd
 
-        rows = [_row(name, result, hardware) | self._costs(result) for name, result in self.runs.items()]
-        return pd.DataFrame(rows)
-
-    def _costs(self, result: RunResult) -> dict[str, Any]:
-        """What a run took, with all that it started from."""
-        known = {other.config_hash: other for other in self.runs.values()}
-        chain = [result]
-        while before := known.get(chain[0].config.start or ""):
-            chain.insert(0, before)
-        seconds = [other.provenance.wall_seconds for other in chain]
-        path = ", ".join(f"{other.config.lambda_:g}" for other in chain[:-1])
-        return {"path": path, "total_epochs": sum(o.config.epochs for o in chain), "total_seconds": sum(seconds)}
+        known = {result.config_hash: result for result in self.runs.values()}
+        return pd.DataFrame([_row(name, result, known, hardware) for name, result in self.runs.items()])
 
 
-def _row(name: str, result: RunResult, hardware: str | Hardware | None) -> dict[str, Any]:
-    config, data = result.config, result.data
+def _row(name: str, result: RunResult, known: dict[str, RunResult], hardware: str | Hardware | None) -> dict[str, Any]:
+    config, data, chain = result.config, result.data, [result]
+    while before := known.get(chain[0].config.start or ""):
+        chain.insert(0, before)
     row = {"run": name} | {key: RunConfig.model_fields[key].default for key in PENALTY_FIELDS} | config.computed()
     if config.starts_from_run:
         del row["start"]  # another one for each seed
@@ -302,8 +296,7 @@ def _row(name: str, result: RunResult, hardware: str | Hardware | None) -> dict[
         "test_relu_firing": sum(relus) / len(relus) if relus else None,
         "classes": len(data.classes),
         "complete": data.complete,
-        "train_images": data.train,
-        "validation_images": data.validation,
-        "test_images": data.test,
-        "wall_seconds": result.provenance.wall_seconds,
+        "path": ", ".join(f"{before.config.lambda_:g}" for before in chain[:-1]),
+        "total_epochs": sum(step.config.epochs for step in chain),
+        "total_seconds": sum(step.provenance.wall_seconds for step in chain),
     }

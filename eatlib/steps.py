@@ -21,9 +21,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 from filelock import FileLock, Timeout
 
-from eatlib.config import RunConfig, Study
+from eatlib.config import RunConfig
 from eatlib.results import ROOT, RunResult, StudyResults, write_atomically
 
 TRAIN_NOTEBOOK = ROOT / "notebooks" / "1_train.ipynb"
@@ -33,16 +34,9 @@ PARENT = "EATLIB_PARENT"
 """Environment variable in which a process tells those that it starts with whom they have to end."""
 
 
-def result_files(study: Study, folder: Path) -> dict[str, RunConfig]:
-    """The file in which each run has its result, or will have it; a result is known by its hash, not by its name."""
-    found = StudyResults.load(folder, study)
-    names = {result.config_hash: name for name, result in found.runs.items()}
-    return {names.get(run.hash, name): run for name, run in study.runs().items()}
-
-
-def predecessor(files: dict[str, RunConfig], config: RunConfig) -> str | None:
+def predecessor(configs: dict[str, RunConfig], config: RunConfig) -> str | None:
     """The name of the run whose weights this one starts from."""
-    return next((name for name, run in files.items() if run.hash == config.start), None)
+    return next((name for name, run in configs.items() if run.hash == config.start), None)
 
 
 def train(folder: Path, name: str, *, for_weights: bool = False) -> None:
@@ -56,14 +50,14 @@ def train(folder: Path, name: str, *, for_weights: bool = False) -> None:
     """
     import papermill
 
-    files = result_files(Study.load(folder / "study.yaml"), folder)
-    config, before = files[name], predecessor(files, files[name])
+    configs = StudyResults.load(folder).configs
+    config, before = configs[name], predecessor(configs, configs[name])
     result, weights = folder / f"{name}.json", folder / f"{name}.safetensors"
     work, notebook = folder / "work" / name, folder / "notebooks" / f"{name}.ipynb"
     start = folder / f"{before}.safetensors" if before else None
     for path in (work, notebook.parent):
         path.mkdir(parents=True, exist_ok=True)
-    with FileLock(work.with_suffix(work.suffix + ".lock")):
+    with FileLock(folder / "work" / f"{name}.lock"):
         if (weights if for_weights else result).exists():
             return
         if start and not start.exists():
@@ -90,8 +84,8 @@ def train(folder: Path, name: str, *, for_weights: bool = False) -> None:
             finished.replace(result)
         shutil.rmtree(work)
         for run in filter(None, (None if for_weights else name, before)):
-            needed = (folder / f"{other}.json" for other in files if predecessor(files, files[other]) == run)
-            if not files[run].save_weights and all(path.exists() for path in needed):
+            needed = (folder / f"{other}.json" for other in configs if predecessor(configs, configs[other]) == run)
+            if not configs[run].save_weights and all(path.exists() for path in needed):
                 (folder / f"{run}.safetensors").unlink(missing_ok=True)
 
 
@@ -117,19 +111,18 @@ def check_runs(folder: Path, download: str = "") -> int:
     from eatlib.penalties import choose_layers
 
     fields = {"dataset", "image_size", "train_samples", "test_samples", "validation_share", "split_seed", "data_dir"}
-    fields |= {"allow_partial", "download", "model", "width", "penalty_layers", "new_head"}
-    study = Study.load(folder / "study.yaml")
-    missing = StudyResults.load(folder, study).missing
-    runs = [run for name, run in study.runs().items() if name in missing]
-    starts = {run: None if run.starts_from_run else run.start for run in runs}
+    fields |= {"allow_partial", "download", "model", "width", "penalty_layers", "start", "new_head"}
+    found = StudyResults.load(folder)
+    runs = [found.configs[name] for name in found.missing]
+    runs = [run.model_copy(update={"start": None}) if run.starts_from_run else run for run in runs]
     problems: dict[str, None] = {}
-    for run, start in {(run.model_dump_json(include=fields), starts[run]): (run, starts[run]) for run in runs}.values():
+    for run in {run.model_dump_json(include=fields): run for run in runs}.values():
         try:
             run = run.model_copy(update={"download": run.download or bool(download)})
             data = load_data(run, progress=sys.stderr.isatty())
             model = build_model(run.model, classes=len(data.classes), image_size=run.image_size, width=run.width)
             choose_layers(model, run.penalty_layers)
-            if start:
+            if run.start:
                 load_start(model, run, None)
         except (ValueError, CheckpointError, OSError) as error:
             problems[str(error)] = None
@@ -144,33 +137,25 @@ def check_runs(folder: Path, download: str = "") -> int:
 def local_gpus() -> list[str]:
     """Identifiers of the GPUs that processes started here may use."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is None:
-        if shutil.which("nvidia-smi") is None:
-            return []
-        command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        listed = "" if done.returncode else ",".join(done.stdout.split())
-    return [gpu for gpu in map(str.strip, listed.split(",")) if re.fullmatch(r"\d+|(GPU|MIG)-.+", gpu)]
+    if listed is None and shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]  # words without numbers where it fails
+        listed = ",".join(subprocess.run(command, capture_output=True, text=True).stdout.split())
+    return [gpu for gpu in map(str.strip, (listed or "").split(",")) if re.fullmatch(r"\d+|(GPU|MIG)-.+", gpu)]
 
 
 @contextmanager
 def gpu_of_its_own(config: RunConfig, gpus: list[str]) -> Iterator[str | None]:
     """Hold one of `gpus` that no other run on this machine holds; None if the run may use none, or there are none."""
-    gpus = gpus if config.device in ("auto", "cuda") else []
-    for gpu in itertools.cycle(gpus):
-        try:
-            with FileLock(Path(tempfile.gettempdir()) / f"eatlib-{os.getuid()}-gpu-{gpu}.lock", timeout=0.5):
-                yield gpu
-                return
-        except Timeout:
-            continue
+    for gpu in itertools.cycle(gpus if config.device in ("auto", "cuda") else []):
+        lock = Path(tempfile.gettempdir()) / f"eatlib-{os.getuid()}-gpu-{gpu}.lock"
+        with suppress(Timeout), FileLock(lock, timeout=0.5):
+            yield gpu
+            return
     yield None
 
 
 def end_descendants() -> None:
     """End all processes that this one has started, and those that they have."""
-    import psutil
-
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             child.kill()

@@ -1,8 +1,8 @@
 """`python -m eatlib.study STUDY`: check it before anything starts, have Snakemake do its steps, say how far it is."""
 
 import argparse
-import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -10,14 +10,17 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from eatlib.config import ConfigError, RunConfig, Study
 from eatlib.results import ROOT, ResultError, RunResult, StudyResults, write_atomically
-from eatlib.steps import PARENT, end_descendants, local_gpus, predecessor, result_files
+from eatlib.steps import PARENT, end_descendants, local_gpus, predecessor
 
 
 class StudyError(Exception):
@@ -25,30 +28,15 @@ class StudyError(Exception):
 
 
 def open_study(name: str) -> Study:
-    """A study of `studies/` by name, or any study file by path.
-
-    Raises:
-        StudyError: there is none, or it is not valid.
-    """
-    if not (ROOT / "Snakefile").exists():
-        raise StudyError(
-            "studies run in a checkout of the repository: an installed eatlib has neither them nor notebooks"
-        )
-    path = Path(name) if name.endswith((".yaml", ".yml")) else ROOT / "studies" / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(path.stem for path in (ROOT / "studies").glob("*.yaml")))
-        raise StudyError(f"study = {name!r}: must be one of {known}, or the path of a YAML file")
-    try:
-        return Study.load(path)
-    except ConfigError as error:
-        raise StudyError(str(error)) from None
+    """A study of `studies/` by name, or any study file by path; ConfigError if there is none, or it is not valid."""
+    return Study.load(Path(name) if name.endswith((".yaml", ".yml")) else ROOT / "studies" / f"{name}.yaml")
 
 
 # --- before anything starts ---------------------------------------------------------------------------------------
 
 
-def prepare(study: Study, folder: Path) -> None:
-    """Write the study beside its results and clear the places of its runs; the caller has the lock."""
+def prepare(study: Study, folder: Path) -> StudyResults:
+    """Write the study beside its results, clear the places of its runs, and see what is there; the caller locks it."""
     text, path = study.to_yaml(), folder / "study.yaml"
     if not path.exists() or path.read_text(encoding="utf-8") != text:  # a newer file has the figures drawn again
         write_atomically(path, text)
@@ -62,6 +50,7 @@ def prepare(study: Study, folder: Path) -> None:
             (folder / f"{name}.json").replace(aside)
             shutil.rmtree(folder / "work" / name, ignore_errors=True)
             print(f"{name}.json is no result of this configuration: moved to {aside}", file=sys.stderr)
+    return StudyResults.load(folder, study)
 
 
 def show_plan(study: Study, folder: Path) -> None:
@@ -71,22 +60,19 @@ def show_plan(study: Study, folder: Path) -> None:
         with suppress(ResultError, OSError):
             result = RunResult.load(path)
             epochs.setdefault(_kind(result.config), []).extend(epoch.seconds for epoch in result.history)
-    done = StudyResults.load(folder, study).runs
-    seconds: list[float | None] = []
-    files = result_files(study, folder)
-    for name, run in files.items():
-        if name in done:
-            print(f"{name}  done in {_duration(done[name].provenance.wall_seconds)}")
+    found, expected = StudyResults.load(folder, study), []
+    for name, run in found.configs.items():
+        if name in found.runs:
+            print(f"{name}  done in {timedelta(seconds=round(found.runs[name].provenance.wall_seconds))}")
             continue
         reason = "its JSON is another configuration's" if (folder / f"{name}.json").exists() else "no result"
-        if before := predecessor(files, run):
+        if before := predecessor(found.configs, run):
             reason += f", starts from {before}"
-        like = epochs.get(_kind(run))
-        seconds.append(run.epochs * statistics.median(like) if like else None)
-        print(f"{name}  to train ({reason}), {f'about {_duration(seconds[-1])}' if like else 'no like has run'}")
-    known = [some for some in seconds if some is not None]
-    print(f"{len(done)} runs are done, {len(seconds)} are to train", end="")
-    print(f": about {_duration(sum(known))} for {len(known)} of them, one after another" if known else "")
+        if like := epochs.get(_kind(run)):
+            expected.append(timedelta(seconds=round(run.epochs * statistics.median(like))))
+        print(f"{name}  to train ({reason}), {f'about {expected[-1]}' if like else 'no like has run'}")
+    print(f"{len(found.runs)} runs are done, {len(found.missing)} are to train", end="")
+    print(f": about {sum(expected, timedelta())} for {len(expected)} of them, one after another" if expected else "")
 
 
 def _kind(config: RunConfig) -> tuple[Any, ...]:
@@ -95,30 +81,19 @@ def _kind(config: RunConfig) -> tuple[Any, ...]:
     return *(getattr(config, field) for field in fields), config.lambda_ > 0
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:,.1f} hours"
-
-
 # --- the command line ---------------------------------------------------------------------------------------------
 
 
-def run_engine(folder: Path, names: list[str], options: list[str]) -> int:
+def run_engine(folder: Path, found: StudyResults, options: list[str]) -> int:
     """Call Snakemake in a session of its own and show how far its runs are; its exit status."""
-    import psutil
-    from tqdm import tqdm
-
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(ROOT)]
     if "--profile" not in options:
         memory = psutil.virtual_memory().available >> 20
         command += ["--resources", f"mem_mb={memory}", f"gpu={len(local_gpus())}"]
     command += [*options, "--config", f"folder={folder}"]
-    todo = [name for name in names if not (folder / f"{name}.json").exists()]
-    with (
-        (folder / "log" / "snakemake.log").open("w") as log,
-        tqdm(total=len(names), initial=len(names) - len(todo), unit="run", disable=None, dynamic_ncols=True) as bar,
-    ):
+    todo = [*found.missing]
+    bar = tqdm(total=len(found.configs), initial=len(found.runs), unit="run", disable=None, dynamic_ncols=True)
+    with bar, (folder / "log" / "snakemake.log").open("w") as log:
         engine = subprocess.Popen(command, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
         try:
             while engine.poll() is None:
@@ -146,21 +121,11 @@ def _show(folder: Path, todo: list[str], bar: Any) -> None:
         bar.set_postfix_str("; ".join(f"{name} {state.read_text()}" for name, state in states if state.exists()))
 
 
-def failures(folder: Path, names: list[str]) -> list[str]:
-    """What went wrong in each run that was tried and has no result: the notebook's error or the end of its log."""
-    texts = []
-    for name in names:
-        log, notebook = folder / "log" / f"{name}.log", folder / "notebooks" / f"{name}.ipynb"
-        if (folder / f"{name}.json").exists() or not log.exists():
-            continue
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-3:]
-        if notebook.exists():
-            cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-            errors = [o for c in cells for o in c.get("outputs", []) if o["output_type"] == "error"]
-            lines = [f"{error['ename']}: {error['evalue']}" for error in errors] or lines
-        text = " | ".join(lines) or f"ended without a word: out of memory, or see {log.with_name('snakemake.log')}"
-        texts.append(f"FAILED {name}: {text}\n       see {notebook if notebook.exists() else log}")
-    return texts
+def last_words(log: Path) -> str:
+    """The last error in a log, also that of a notebook which papermill executed, or else its last line."""
+    text = log.read_text(errors="replace").rstrip()
+    errors = re.findall(r"^[\w.]*Error: .*", text, re.MULTILINE)
+    return (errors or text.splitlines() or ["ended without a word: out of memory, or see snakemake.log"])[-1]
 
 
 def run(name: str, arguments: argparse.Namespace, options: list[str]) -> int:
@@ -181,30 +146,25 @@ def run(name: str, arguments: argparse.Namespace, options: list[str]) -> int:
         raise StudyError(f"cannot write to the results folder {folder}: {error.strerror}") from None
     with lock:
         print(f"{study.name}: {study.label}", flush=True)
-        prepare(study, folder)
-        names = list(result_files(study, folder))
-        missing = [name for name in names if not (folder / f"{name}.json").exists()]
+        found = prepare(study, folder)
         check = [sys.executable, "-m", "eatlib.steps", "check", str(folder)] + ["--download"] * arguments.download
-        if missing and subprocess.run(check).returncode:
+        if found.missing and subprocess.run(check).returncode:
             return 2
-        for name in (*missing, "figures"):
-            (folder / "log" / f"{name}.log").unlink(missing_ok=True)
-        status = run_engine(folder, names, options)
-        if problems := failures(folder, names):
-            waiting = sum(not (folder / f"{name}.json").exists() for name in names) - len(problems)
-            problems.append(f"{len(problems)} runs failed; the next call runs only these again")
-            problems += [f"{waiting} runs were not tried, as they start from these"] * bool(waiting)
-            print(*problems, sep="\n", file=sys.stderr)
+        logs = {name: folder / "log" / f"{name}.log" for name in (*found.configs, "figures", "snakemake")}
+        for name in (*found.missing, "figures"):
+            logs[name].unlink(missing_ok=True)
+        status = run_engine(folder, found, options)
+        undone = [name for name in found.configs if not (folder / f"{name}.json").exists()]
+        if failed := [name for name in undone if logs[name].exists()]:
+            for name in failed:
+                print(f"FAILED {name}: {last_words(logs[name])}\n       see {logs[name]}", file=sys.stderr)
+            print(f"{len(failed)} runs failed; the next call runs only these again", file=sys.stderr)
+            if waiting := len(undone) - len(failed):
+                print(f"{waiting} runs were not tried, as they start from these", file=sys.stderr)
             subprocess.run([sys.executable, "-m", "eatlib.steps", "draw", str(folder)], capture_output=True)
         elif status:
-            logs = [folder / "log" / f"{name}.log" for name in ("figures", "snakemake")]
-            last = [
-                line
-                for log in logs
-                if log.exists()
-                for line in log.read_text(errors="replace").strip().splitlines()[-1:]
-            ]
-            print(f"error: figures or the engine failed: {' | '.join(last)}\nsee {folder}/log/", file=sys.stderr)
+            words = " | ".join(last_words(logs[name]) for name in ("figures", "snakemake") if logs[name].exists())
+            print(f"error: figures or the engine failed: {words}\nsee {folder}/log/", file=sys.stderr)
         if (folder / "table.md").exists():
             print(f"\n{(folder / 'table.md').read_text(encoding='utf-8')}")
             print(f"figures, tables and {folder}/tradeoff.html are in {folder}")
@@ -229,7 +189,7 @@ def main() -> int:
         except BrokenPipeError:  # whoever read this has gone: go on without
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return run(study, arguments, options)
-    except StudyError as error:
+    except (StudyError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -214,10 +214,10 @@ def test_fields_that_came_later_leave_older_hashes_as_they_were():
         ("label: x\nblocks: [{path: []}]", "blocks.0.path"),
         ("label: x\nblocks: [{path: [{start: '0123456789ab'}]}]", "start = '0123456789ab': must be the hash of one"),
         ("[1, 2]", "must be a mapping"),
-        ("a: [", "not a YAML file"),
+        ("a: [", "not a readable YAML file"),
         ("label: x\nlabel: y\nblocks: []", "line 1: 'label' stands twice in one mapping"),
         ("label: x\nblocks: [{grid: {seed: [1], seed: [2]}}]", "line 2: 'seed' stands twice"),
-        ("[" * 10_000, "not a YAML file"),
+        ("[" * 10_000, "not a readable YAML file"),
         (f"label: x\nblocks: [{{grid: {{lambda: {list(range(101))}, seed: {list(range(100))}}}}}]", "more than 10,000"),
     ],
 )

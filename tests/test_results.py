@@ -91,7 +91,7 @@ def test_a_study_reports_what_is_missing_and_what_is_no_result(tmp_path, make_re
 
 def study_results(*results):
     study = Study(name="s", label="s", blocks=[{"grid": {"seed": [0]}}])
-    return StudyResults(study, {str(number): result for number, result in enumerate(results)}, [], [])
+    return StudyResults(study, {}, {str(number): result for number, result in enumerate(results)}, [], [])
 
 
 def test_a_table_has_a_row_a_run(make_result):
