@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from eatlib.hardware import find_hardware
+from eatlib.hardware import HARDWARE
 from eatlib.sources import SOURCES
 
 CONFIG_VERSION = 2
@@ -42,7 +42,7 @@ def _no_truth_value(value: Any) -> Any:
     return value
 
 
-Real = Annotated[float, BeforeValidator(_no_truth_value), Field(allow_inf_nan=False)]
+Real = Annotated[float, BeforeValidator(_no_truth_value)]
 Whole = Annotated[int, BeforeValidator(_no_truth_value)]
 
 
@@ -56,13 +56,17 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the field, the value and what is allowed."""
 
 
-class RunConfig(BaseModel):
+class Record(BaseModel):
+    """Named values that do not change; unknown names and numbers that are not finite are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
+
+
+class RunConfig(Record):
     """One training run: data, network, penalty, optimisation, measurement.
 
     In YAML and JSON the penalty's weight is called `lambda`; in Python, where that word is taken, `lambda_`.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, populate_by_name=True)
 
     # Data
     dataset: str = Field("digits", description="digits, cifar10, gtsrb, celeba, or folder:/path (ImageFolder)")
@@ -118,7 +122,7 @@ class RunConfig(BaseModel):
 
     # Measurement
     energy_batch_size: Whole = Field(512, ge=1, description="images a batch when energy is measured (paper: 512)")
-    hardware: str = Field("horowitz-45nm-float32", description="a name of eatlib.hardware.HARDWARE")
+    hardware: Literal[*HARDWARE] = Field("horowitz-45nm-float32", description="prices that the energies are at")
 
     # Execution: not part of the hash
     data_dir: Path | None = Field(None, description="null: $EATLIB_DATA, else the repository's data/")
@@ -129,11 +133,9 @@ class RunConfig(BaseModel):
     @field_validator("dataset")
     @classmethod
     def _known_dataset(cls, value: str) -> str:
-        if value.startswith("folder:/") and len(value) > len("folder:/"):
-            return value
-        if value not in SOURCES or value == "folder":
-            allowed = ", ".join(name for name in SOURCES if name != "folder")
-            raise ValueError(f"must be one of {allowed}, or folder:/path, from the root")
+        known = [name for name in SOURCES if name != "folder"]
+        if value not in known and not re.match("folder:/.", value):
+            raise ValueError(f"must be one of {', '.join(known)}, or folder:/path, from the root")
         return value
 
     @field_validator("model")
@@ -148,16 +150,6 @@ class RunConfig(BaseModel):
                 hint = f" (close: {', '.join(close)})" if close else ""
                 raise ValueError(f"must be resnet18, vgg16 or a torchvision classifier{hint}")
         return value
-
-    @field_validator("penalty_layers", mode="before")
-    @classmethod
-    def _one_pattern(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) and value not in ("relu", "all") else value
-
-    @field_validator("hardware")
-    @classmethod
-    def _known_hardware(cls, value: str) -> str:
-        return find_hardware(value).name
 
     @field_validator("start")
     @classmethod
@@ -196,12 +188,7 @@ class RunConfig(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ConfigError(explain(error, where, cls.keys())) from None
-
-    @classmethod
-    def keys(cls) -> list[str]:
-        """The fields' names as in YAML and JSON."""
-        return [field.alias or name for name, field in cls.model_fields.items()]
+            raise ConfigError(explain(error, where, list(cls().to_dict()))) from None
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready values."""
@@ -228,24 +215,20 @@ class RunConfig(BaseModel):
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-class Block(BaseModel):
+class Block(Record):
     """A grid within a study: the product of the axes in `grid`, each run with the values in `fixed`.
 
     With a `path`, each point of the grid is a chain of runs: every step starts from the weights of the one before, and
     has its values where it sets no others.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     fixed: dict[str, Any] = {}
-    grid: dict[str, list[Any]] = {}
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
     path: list[dict[str, Any]] = Field([{}], min_length=1)
 
 
-class Study(BaseModel):
+class Study(Record):
     """A set of runs and how to read them; a YAML file, those of this project in `studies/`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.@=,-]*$", description="of the file, and of its folder of results")
     label: str = Field(description="what the study is and at what scale; stands on every table and figure")
@@ -285,9 +268,6 @@ class Study(BaseModel):
             twice = block.grid.keys() & {*own, *itertools.chain(*block.path)}
             if twice:
                 raise ConfigError(f"{where}: {sorted(twice)} both in the grid and fixed, or in the path")
-            for axis, values in block.grid.items():
-                if not values:
-                    raise ConfigError(f"{where}: grid axis {axis!r} has no values")
             for values in itertools.product(*block.grid.values()):
                 if len(runs) == MAX_RUNS:
                     raise ConfigError(f"{where}: more than {MAX_RUNS:,} runs")

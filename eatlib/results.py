@@ -11,9 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from eatlib.config import PENALTY_FIELDS, RunConfig, Study, explain
+from eatlib.config import PENALTY_FIELDS, Record, RunConfig, Study, explain
 from eatlib.hardware import Accounting, Hardware, Totals, energy_ratio, find_hardware, joules_per_image
 
 if TYPE_CHECKING:
@@ -31,11 +31,7 @@ class ResultError(ValueError):
     """A file that is not a whole, unaltered result; the message names it."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
-
-
-class Energy(_Record):
+class Energy(Record):
     """Energy of one pass over a split in one accounting (see `eatlib.energy`), at the prices of `config.hardware`."""
 
     ratio: float = Field(ge=0, description="energy with zero-skipping over energy without it")
@@ -50,7 +46,7 @@ class Energy(_Record):
         return cls(ratio=report.ratio, **joules, totals=report.batches)
 
 
-class LayerFiring(_Record):
+class LayerFiring(Record):
     """Share of a layer's outputs that are not zero."""
 
     name: str = Field(description="dotted path of the module; `#2` for its second call")
@@ -58,7 +54,7 @@ class LayerFiring(_Record):
     firing: float = Field(ge=0, le=1)
 
 
-class Evaluation(_Record):
+class Evaluation(Record):
     """What one network does on one split."""
 
     samples: int = Field(ge=1, description="images")
@@ -70,7 +66,7 @@ class Evaluation(_Record):
     uncounted: dict[Accounting, list[str]] = Field(description="by accounting, what it saw but could not count")
 
 
-class Epoch(_Record):
+class Epoch(Record):
     """One epoch of training."""
 
     epoch: int = Field(ge=1)
@@ -83,7 +79,7 @@ class Epoch(_Record):
     seconds: float = Field(ge=0)
 
 
-class DataInfo(_Record):
+class DataInfo(Record):
     """Which images a run saw."""
 
     name: str
@@ -98,7 +94,7 @@ class DataInfo(_Record):
     image_size: int = Field(description="side in pixels")
 
 
-class Provenance(_Record):
+class Provenance(Record):
     """Where a result comes from."""
 
     git_commit: str | None = Field(description="None: not run from a git checkout")
@@ -112,7 +108,7 @@ class Provenance(_Record):
     parameters: int = Field(description="trainable scalars of the network")
 
 
-class RunResult(_Record):
+class RunResult(Record):
     """One run: what was asked, what came out, where it comes from."""
 
     schema_version: Literal[2] = 2
