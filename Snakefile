@@ -5,27 +5,16 @@ import sys
 from pathlib import Path
 
 from eatlib import steps
-from eatlib.config import Study
 from eatlib.results import StudyResults
 from eatlib.study import open_study
 
-if "folder" in config:  # written by run_all.sh: a study file beside its results
-    folder = config["folder"]
-    study = Study.load(Path(folder, "study.yaml"))
-else:
-    study = open_study(config.get("study", "quick"))
-    folder = f"results/{study.name}"
+study = open_study(config.get("study", "quick"))
+folder = config.get("folder", f"results/{study.name}")
 runs = StudyResults.load(folder, study).configs
 
 if os.environ.get(steps.PARENT) == str(os.getppid()):  # not in a job on another machine
     steps.end_with_parent()
 os.environ[steps.PARENT] = str(os.getpid())
-
-
-def befores(name):
-    """The run whose weights a run starts from, if it does."""
-    return [before] if (before := steps.predecessor(runs, runs[name])) else []
-
 
 localrules: all, figures, study_file
 
@@ -57,7 +46,9 @@ rule train:
     input:
         notebook=ancient("notebooks/1_train.ipynb"),  # a changed comment trains nothing again; `-R train` does
         study=ancient(f"{folder}/study.yaml"),
-        before=lambda wildcards: [ancient(f"{folder}/{name}.json") for name in befores(wildcards.run)],
+        before=lambda wildcards: [  # the run whose weights it starts from, if it does
+            ancient(f"{folder}/{name}.json") for name in runs if runs[name].hash == runs[wildcards.run].start
+        ],
     output:
         f"{folder}/{{run}}.json",
     log:

@@ -246,14 +246,12 @@ class Study(Record):
             ConfigError: the file is not there, is not YAML, or has an unknown field, a value out of range, ...
         """
         try:
-            values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # a safe loader
-        except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            values = {"name": path.stem, **yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)}  # a safe loader
+        except (OSError, yaml.YAMLError, TypeError, UnicodeDecodeError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"{path}: not a readable YAML file ({reason})") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: must be a mapping with the fields label, fixed, blocks")
         try:
-            study = cls.model_validate({"name": path.stem} | values)
+            study = cls.model_validate(values)
         except ValidationError as error:
             raise ConfigError(explain(error, str(path), list(cls.model_fields))) from None
         study.runs()

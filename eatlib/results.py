@@ -236,10 +236,9 @@ class StudyResults:
         for path in sorted(folder.glob("*.json")):
             try:
                 result = RunResult.load(path)
+                found[result.config_hash] = path.stem, result
             except ResultError as error:
                 problems.append(str(error))
-            else:
-                found[result.config_hash] = path.stem, result
         configs = {found.get(run.hash, (name,))[0]: run for name, run in study.runs().items()}
         return cls(
             study=study,

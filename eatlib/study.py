@@ -90,7 +90,7 @@ def run_engine(folder: Path, found: StudyResults, options: list[str]) -> int:
     if "--profile" not in options:
         memory = psutil.virtual_memory().available >> 20
         command += ["--resources", f"mem_mb={memory}", f"gpu={len(local_gpus())}"]
-    command += [*options, "--config", f"folder={folder}"]
+    command += [*options, "--config", f"folder={folder}", f"study={folder}/study.yaml"]
     todo = [*found.missing]
     bar = tqdm(total=len(found.configs), initial=len(found.runs), unit="run", disable=None, dynamic_ncols=True)
     with bar, (folder / "log" / "snakemake.log").open("w") as log:

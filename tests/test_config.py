@@ -213,7 +213,7 @@ def test_fields_that_came_later_leave_older_hashes_as_they_were():
         ("label: x\nblocks: [{grid: {sigma: [-1]}}]", "sigma = -1"),
         ("label: x\nblocks: [{path: []}]", "blocks.0.path"),
         ("label: x\nblocks: [{path: [{start: '0123456789ab'}]}]", "start = '0123456789ab': must be the hash of one"),
-        ("[1, 2]", "must be a mapping"),
+        ("[1, 2]", "not a readable YAML file .*'list' object is not a mapping"),
         ("a: [", "not a readable YAML file"),
         ("label: x\nlabel: y\nblocks: []", "line 1: 'label' stands twice in one mapping"),
         ("label: x\nblocks: [{grid: {seed: [1], seed: [2]}}]", "line 2: 'seed' stands twice"),
