@@ -291,6 +291,7 @@ def _row(name: str, result: RunResult, known: dict[str, RunResult], hardware: st
         "test_relu_firing": sum(relus) / len(relus) if relus else None,
         "classes": len(data.classes),
         "complete": data.complete,
+        "train_images": data.train,
         "path": ", ".join(f"{before.config.lambda_:g}" for before in chain[:-1]),
         "total_epochs": sum(step.config.epochs for step in chain),
         "total_seconds": sum(step.provenance.wall_seconds for step in chain),

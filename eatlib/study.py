@@ -28,8 +28,18 @@ class StudyError(Exception):
 
 
 def open_study(name: str) -> Study:
-    """A study of `studies/` by name, or any study file by path; ConfigError if there is none, or it is not valid."""
-    return Study.load(Path(name) if name.endswith((".yaml", ".yml")) else ROOT / "studies" / f"{name}.yaml")
+    """A study of `studies/` by name, or any study file by path.
+
+    Raises:
+        StudyError: there is none.
+        ConfigError: it is not valid.
+    """
+    folder = ROOT / "studies"
+    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml"))) or "none, as this is no checkout"
+        raise StudyError(f"study = {name!r}: must be the path of a YAML file, or one of {folder}: {known}")
+    return Study.load(path)
 
 
 # --- before anything starts ---------------------------------------------------------------------------------------
@@ -157,7 +167,8 @@ def run(name: str, arguments: argparse.Namespace, options: list[str]) -> int:
         undone = [name for name in found.configs if not (folder / f"{name}.json").exists()]
         if failed := [name for name in undone if logs[name].exists()]:
             for name in failed:
-                print(f"FAILED {name}: {last_words(logs[name])}\n       see {logs[name]}", file=sys.stderr)
+                print(f"FAILED {name}: {last_words(logs[name])}", file=sys.stderr)
+                print(f"       see {logs[name]} and {folder}/notebooks/{name}.ipynb", file=sys.stderr)
             print(f"{len(failed)} runs failed; the next call runs only these again", file=sys.stderr)
             if waiting := len(undone) - len(failed):
                 print(f"{waiting} runs were not tried, as they start from these", file=sys.stderr)
