@@ -7,6 +7,7 @@ of a function of one's own, over a model's layers, as a term for the loss.
 import fnmatch
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from threading import get_ident
 from typing import Any, Literal, get_args
 from weakref import WeakSet
@@ -26,8 +27,9 @@ Normalization = Literal["layer_mean", "parameters", "energy"]
 ZERO_MAKERS = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid, nn.Hardshrink, nn.Softshrink)
 """Activation functions that are exactly zero over a range of inputs; `layers="relu"` means these, and"""
 
-ZERO_FUNCTIONS = (F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu6, F.hardswish, F.hardsigmoid)
-"""their functional forms."""
+ZERO_FUNCTIONS = dict.fromkeys((F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_), "F.relu")
+ZERO_FUNCTIONS |= {F.relu6: "F.relu6", F.hardswish: "F.hardswish", F.hardsigmoid: "F.hardsigmoid"}
+"""their functional forms, by the name that a call has as a layer."""
 
 
 # --- the penalties --------------------------------------------------------------------------------------------------
@@ -130,7 +132,7 @@ def _float32(x: Tensor) -> Tensor:
 _attached: WeakSet[nn.Module] = WeakSet()
 
 
-class ActivationPenalty:
+class ActivationPenalty(AbstractContextManager):
     """The penalty of a model's activations, as a term for its loss (paper, eq. 3).
 
         penalty = ActivationPenalty(model)
@@ -142,9 +144,9 @@ class ActivationPenalty:
     nothing were attached. A module that is called several times counts as several layers: path, path#2, ...
     `with ActivationPenalty(model) as penalty:` detaches at the end.
 
-    Works with in-place modules and additions, autocast, gradient accumulation, and, for modules, `torch.compile`
-    (attach first, then compile) and gradient checkpointing (`use_reentrant=False`). Copies of the model, pickled ones
-    too, are not penalised.
+    Works with in-place modules and additions, autocast, gradient accumulation, `torch.compile` (attach first, then
+    compile) and, for modules, gradient checkpointing (`use_reentrant=False`). Copies of the model, pickled ones too,
+    are not penalised.
 
     Attributes:
         layers: paths of the modules that are penalised; functional calls show in `values`.
@@ -201,17 +203,16 @@ class ActivationPenalty:
         self._parameters = count_parameters(model)
         self._terms: dict[str, Tensor] = {}
         self._latest: dict[str, Tensor] = {}
-        self._running = self._over = False
+        self._over = self._fused = False
+        self._thread: int | None = None  # that is in the model
         self._layer: str | None = None  # that is being called
         self._functions = _ZeroFunctions(self) if layers == "relu" else None
-        self._fused = layers == "relu" and self._penalty is l0
         leaves = leaf_modules(model)
         self._names = {leaves[name]: name for name in self.layers}
-        self._handles = [model.register_forward_pre_hook(_Hook(self._start))]
+        self._handles = [model.register_forward_pre_hook(self._start)]
         for leaf in self._names:
-            self._handles += [leaf.register_forward_pre_hook(_Hook(self._enter))]
-            self._handles += [leaf.register_forward_hook(_Hook(self._leave))]
-        self._handles += [model.register_forward_hook(_Hook(self._end), always_call=True)]
+            self._handles += [leaf.register_forward_pre_hook(self._enter), leaf.register_forward_hook(self._leave)]
+        self._handles += [model.register_forward_hook(self._end, always_call=True)]
         _attached.add(model)
 
     def __call__(self) -> Tensor:
@@ -226,9 +227,9 @@ class ActivationPenalty:
         self._over, self._latest, self._terms = False, self._terms, {}
         if not self._latest:
             raise ValueError(
-                "layers = 'relu': the model has nothing that makes zeros, such as nn.ReLU or, if it is not compiled, "
-                "F.relu. GELU, SiLU and the like make small values, not zeros, so that their penalty would save no "
-                "energy: eatlib.models.with_relus swaps them, for fine-tuning"
+                "layers = 'relu': the model has nothing that makes zeros, such as nn.ReLU or F.relu. GELU, SiLU and "
+                "the like make small values, not zeros, so that their penalty would save no energy: "
+                "eatlib.models.with_relus swaps them, for fine-tuning"
             )
         terms = torch.stack([*self._latest.values()])
         return terms.mean() if self._normalization == "layer_mean" else terms.sum()
@@ -249,39 +250,36 @@ class ActivationPenalty:
         self._terms = {}
         _attached.discard(self._model)
 
-    def __enter__(self) -> "ActivationPenalty":
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.detach()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, which the hooks of a copied model have, pickled or not, is attached to nothing."""
+        return {"_model": None, "_names": {}}
+
     def _start(self, module: nn.Module, _: Any) -> None:
-        if module is not self._model:  # but its replica on another device
+        if module is not self._model:  # but its copy, or its replica on another device
             return
-        eager = not torch.compiler.is_compiling()
-        if eager and self._running and self._thread != get_ident():
+        if self._thread not in (None, _thread()):
             raise RuntimeError("the model runs in two threads at once, whose activations the penalty cannot tell apart")
         self._terms, self._over, self._layer = {}, False, None
-        self._running, self._with_gradient = module.training, torch.is_grad_enabled()
-        if eager and self._running:
-            self._thread = get_ident()
-            if self._functions:
-                self._functions.__enter__()
+        self._thread, self._with_gradient = _thread() if module.training else None, torch.is_grad_enabled()
+        # torch.compile makes one kernel of ReLU and its penalty by itself, and cannot trace `_ReLU`.
+        self._fused = self._functions and self._penalty is l0 and not torch.compiler.is_compiling()
+        if module.training and self._functions:
+            self._functions.__enter__()
 
     def _end(self, module: nn.Module, _: Any, output: Any) -> None:
-        eager = not torch.compiler.is_compiling()
-        if module is not self._model or not self._running or (eager and self._thread != get_ident()):
-            return
-        self._running, self._over = False, output is not None  # None: it raised
-        if eager and self._functions:
-            self._functions.__exit__(None, None, None)
+        if module is self._model and self._thread == _thread():
+            self._thread, self._over = None, output is not None  # None: it raised
+            if self._functions:
+                self._functions.__exit__(None, None, None)
 
     def _enter(self, leaf: nn.Module, _: Any) -> None:
         self._layer = self._names.get(leaf)
 
     def _leave(self, leaf: nn.Module, _: Any, output: Any) -> None:
-        fused = self._fused and isinstance(leaf, nn.ReLU) and not torch.compiler.is_compiling()
-        if leaf in self._names and self._model.training and not fused:
+        if leaf in self._names and self._model.training and not (self._fused and isinstance(leaf, nn.ReLU)):
             if not isinstance(output, Tensor):
                 kind = type(output).__name__
                 raise TypeError(f"{self._names[leaf]} returns {kind}, no tensor: name other layers in `layers`")
@@ -290,29 +288,18 @@ class ActivationPenalty:
 
     def _add(self, name: str, x: Tensor, keeps: bool) -> None:
         """Penalise the output of a layer's call; `keeps`: its own gradient needs it, so that nothing overwrites it."""
-        self._require_gradient(name)
         if self._share < 1:
             x = x[: self._count(x)]
-        value = self._penalty(x if keeps else x.clone(), self._sigma)
-        if self._running:  # what gradient checkpointing computes once more, later, is no new pass
-            self._store(name, value, x)
-
-    def _relu(self, x: Tensor, inplace: bool) -> Tensor:
-        """ReLU and its penalty in one."""
-        name = self._layer or "F.relu"
-        self._require_gradient(name)
-        output, value = _ReLU.apply(x, inplace, self._sigma, self._count(x))
-        self._store(name, value, output[: self._count(x)])
-        return output
-
-    def _require_gradient(self, name: str) -> None:
-        if self._running and self._with_gradient and not torch.is_grad_enabled():
-            raise RuntimeError(f"{name} runs without gradients: leave it out, or checkpoint with use_reentrant=False")
+        self._store(name, self._penalty(x if keeps else x.clone(), self._sigma), x)
 
     def _count(self, x: Tensor) -> int:
         return max(1, round(self._share * len(x)))
 
     def _store(self, name: str, value: Tensor, x: Tensor) -> None:
+        if self._thread is None:  # what gradient checkpointing computes once more, later, is no new pass
+            return
+        if self._with_gradient and not torch.is_grad_enabled():
+            raise RuntimeError(f"{name} runs without gradients: leave it out, or checkpoint with use_reentrant=False")
         calls = sum(label.partition("#")[0] == name for label in self._terms)
         label = f"{name}#{calls + 1}" if calls else name
         self._terms[label] = value.float() * self._weight(label, x)
@@ -327,6 +314,10 @@ class ActivationPenalty:
         return self._costs[label] / len(x)
 
 
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else get_ident()
+
+
 class _ZeroFunctions(TorchFunctionMode):
     """Adds to a penalty what calls a function that makes zeros, by itself or as ReLU does."""
 
@@ -335,29 +326,17 @@ class _ZeroFunctions(TorchFunctionMode):
         self._penalty = penalty
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        keywords = keywords or {}
-        name = function.__name__ if function in ZERO_FUNCTIONS else ""
-        if self._penalty._fused and name in ("relu", "relu_"):
-            inplace = name == "relu_" or keywords.get("inplace", arguments[1:2] == (True,))
-            return self._penalty._relu(arguments[0] if arguments else keywords["input"], inplace)
+        penalty, keywords, name = self._penalty, keywords or {}, ZERO_FUNCTIONS.get(function)
+        if penalty._fused and name == "F.relu":
+            x = arguments[0] if arguments else keywords["input"]
+            inplace = function in (torch.relu_, Tensor.relu_) or keywords.get("inplace", arguments[1:2] == (True,))
+            output, value = _ReLU.apply(x, inplace, penalty._sigma, penalty._count(x))
+            penalty._store(penalty._layer or name, value, output[: penalty._count(x)])
+            return output
         output = function(*arguments, **keywords)
-        if name and self._penalty._layer is None:
-            self._penalty._add(f"F.{name.rstrip('_')}", output, name in ("relu", "relu_"))
+        if name and penalty._layer is None:
+            penalty._add(name, output, name == "F.relu")
         return output
-
-
-class _Hook:
-    """A hook that does nothing in a copy of the model, pickled or not."""
-
-    def __init__(self, function: Callable[..., None] | None = None) -> None:
-        self._function = function
-
-    def __call__(self, *arguments: Any) -> None:
-        if self._function:
-            self._function(*arguments)
-
-    def __reduce__(self) -> Any:
-        return _Hook, ()
 
 
 def choose_layers(model: nn.Module, layers: str | Iterable[str] = "relu") -> list[str]:

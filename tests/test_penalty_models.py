@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_penalties import Net, assert_same, batch, by_penalty, by_plain_hooks, net
+from test_penalties import Net, assert_same, batch, by_penalty, by_plain_hooks, gradients, net
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,6 +49,20 @@ def test_functional_calls_are_layers():
             repr(penalty)
             == "ActivationPenalty(l0 of 0 modules of Functional, sigma=0.0001, normalization='layer_mean')"
         )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_functional_calls_are_layers_of_a_compiled_model_too():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, (images, labels) = Functional().train(), batch()
+    del model.relu, model.relu6
+    expected = by_penalty(model, images, labels)
+    with ActivationPenalty(model) as penalty:
+        logits = torch.compile(model, backend="eager", fullgraph=True)(images)
+        value = penalty()
+        (F.cross_entropy(logits, labels) + 2 * value).backward()
+    assert_same((value, gradients(model)), expected)
 
 
 @pytest.mark.filterwarnings("ignore")
