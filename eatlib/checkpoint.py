@@ -58,7 +58,7 @@ class TrainingState:
             return
         try:
             # Only tensors and plain values are read, so that no code is run.
-            state = torch.load(io.BytesIO(path.read_bytes()), map_location=self.device)
+            state = torch.load(path, map_location="cpu")
             for key, value in _made_of(config, data_digest).items():
                 if state["made of"][key] != value:
                     raise CheckpointError(f"its {key} is {state['made of'][key]}, not {value}")
@@ -70,10 +70,10 @@ class TrainingState:
             return
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["order"].cpu())
-        torch.set_rng_state(state["random"].cpu())
+        self.generator.set_state(state["order"])
+        torch.set_rng_state(state["random"])
         if state["cuda"] is not None:
-            torch.cuda.set_rng_state(state["cuda"].cpu(), self.device)
+            torch.cuda.set_rng_state(state["cuda"], self.device)
         self.history = [Epoch.model_validate(epoch) for epoch in state["history"]]
         self.seconds = state["seconds"]
 

@@ -96,7 +96,7 @@ class VGG16(ImageClassifier):
         self.features = nn.Sequential()
         channels_in = len(mean)
         pools = image_size.bit_length() - 1
-        groups = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
+        groups = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3), *[(512, 0)] * (pools - 5))
         for group, (channels, convolutions) in enumerate(groups, start=1):
             channels = _scaled(channels, width)
             for index in range(1, convolutions + 1):
@@ -107,8 +107,6 @@ class VGG16(ImageClassifier):
                 channels_in = channels
             if group <= pools:
                 self.features.add_module(f"pool{group}", nn.MaxPool2d(2))
-        for extra in range(len(groups) + 1, pools + 1):
-            self.features.add_module(f"pool{extra}", nn.MaxPool2d(2))
         self.flatten = nn.Flatten()
         self.fc = nn.Linear(channels_in, classes)
 

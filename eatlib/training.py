@@ -3,9 +3,8 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +24,6 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says why."""
 
 
-class EpochMeans(NamedTuple):
-    """What an epoch of training saw, as means over its images, each with the weights of its own step."""
-
-    loss: float
-    penalty: float
-    train_accuracy: float
-
-
 # --- algorithm 1 ----------------------------------------------------------------------------------------------------
 
 
@@ -43,18 +34,21 @@ def train_one_epoch(
     penalty: ActivationPenalty | None,
     settings: Iterable[tuple[float, float]],
     *,
-    device: torch.device,
     bfloat16: bool = False,
     label_smoothing: float = 0.0,
-) -> EpochMeans:
+) -> dict[str, float]:
     """Algorithm 1 of the paper, one pass over the training images, with the sign of its eq. 3.
 
     Args:
         penalty: attached to `model`; None for standard training.
         settings: learning rate and lambda, the penalty's weight, of each step.
         bfloat16: run the network in bfloat16 where autocast does so; loss and penalty are float32 either way.
+
+    Returns:
+        Means over the images, each with the weights of its own step: `loss`, `penalty` and `train_accuracy`.
     """
     model.train()
+    device = next(model.parameters()).device
     seen = 0
     sums = torch.zeros(3, device=device)  # read when the epoch is over: reading makes an accelerator wait
     for (images, labels), (rate, lambda_) in zip(training_images, settings, strict=True):
@@ -65,15 +59,14 @@ def train_one_epoch(
             logits = model(images).float()
         loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         penalty_term = penalty() if penalty is not None else torch.zeros_like(loss)
-        objective = loss + lambda_ * penalty_term if penalty is not None else loss
         optimizer.zero_grad()
-        objective.backward()
+        (loss + lambda_ * penalty_term).backward()
         optimizer.step()
 
         correct = (logits.argmax(1) == labels).float().mean()
         sums += len(labels) * torch.stack([loss.detach(), penalty_term.detach(), correct])
         seen += len(labels)
-    return EpochMeans(*(sums / seen).tolist())
+    return dict(zip(("loss", "penalty", "train_accuracy"), (sums / seen).tolist(), strict=True))
 
 
 def fit(
@@ -107,19 +100,14 @@ def fit(
     """
     began = time.perf_counter()
     device = find_device(config.device)
-    if data is None:
-        data = load_data(config)
+    data = data or load_data(config)
     train, validation, test = (split.to(device) for split in (data.train, data.validation, data.test))
     with _execution(config, device):
         state = _fresh_state(config, data, device, start)
         if checkpoint is not None:
             state.resume(checkpoint, config, data.info.digest)
-        model, before = state.model, state.seconds
-        options = {
-            "device": device,
-            "bfloat16": config.precision == "bfloat16",
-            "label_smoothing": config.label_smoothing,
-        }
+        model, began = state.model, began - state.seconds
+        options = {"bfloat16": config.precision == "bfloat16", "label_smoothing": config.label_smoothing}
         steps = count_batches(len(train), config.batch_size)
         bar = tqdm(initial=steps * len(state.history), total=steps * config.epochs, unit="step", disable=not progress)
         with bar, _attach_penalty(config, model, train) as penalty:
@@ -130,29 +118,29 @@ def fit(
                 images = training_batches(train, config.batch_size, config.augmentation, state.generator)
                 images = _counted(images, bar)
                 means = train_one_epoch(network, images, state.optimizer, penalty, settings, **options)
-                logits = predict(model, validation, device=device)
-                facts = means._asdict() | {"validation_loss": F.cross_entropy(logits, validation.labels).item()}
+                logits = predict(model, validation)
+                facts = means | {"validation_loss": F.cross_entropy(logits, validation.labels).item()}
                 _require_finite(facts, config, epoch)
                 record = results.Epoch(
                     epoch=epoch,
                     learning_rate=settings[-1][0],
                     lambda_=settings[-1][1],
-                    **means._asdict(),
+                    **means,
                     validation_accuracy=(logits.argmax(1) == validation.labels).double().mean().item(),
                     seconds=round(time.perf_counter() - epoch_start, 3),
                 )
                 state.history.append(record)
-                bar.set_postfix(epoch=epoch, loss=means.loss, validation_accuracy=record.validation_accuracy)
-                state.seconds = before + time.perf_counter() - began
+                bar.set_postfix(epoch=epoch, loss=record.loss, validation_accuracy=record.validation_accuracy)
+                state.seconds = time.perf_counter() - began
                 if checkpoint is not None:
                     state.save(checkpoint, config, data.info.digest)
                 if on_epoch is not None:
-                    on_epoch(state.history[-1])
-        measure = {"batch_size": config.energy_batch_size, "hardware": config.hardware, "device": device}
+                    on_epoch(record)
+        measure = {"batch_size": config.energy_batch_size, "hardware": config.hardware}
         validated, tested = (evaluate(model, split, **measure) for split in (validation, test))
         if save_weights_to is not None:
             save_weights(model, config, data.classes, save_weights_to)
-        seconds = before + time.perf_counter() - began
+        seconds = time.perf_counter() - began
         return results.RunResult(
             config_hash=config.hash,
             config=config,
@@ -219,7 +207,6 @@ def evaluate(
     *,
     batch_size: int = 512,
     hardware: str = "horowitz-45nm-float32",
-    device: torch.device | str = "cpu",
 ) -> results.Evaluation:
     """Accuracy, loss, energy in both accountings and the firing of every layer, all from one pass over a split.
 
@@ -227,11 +214,10 @@ def evaluate(
 
     Args:
         batch_size: images in a forward pass; the energy ratio moves with it, as weights are charged once a batch.
-        device: where the model is.
     """
-    labels = split.labels.to(device)
     with EnergyMeter(model, hardware=hardware) as meter:
-        logits = predict(model, split, batch_size=batch_size, device=device)
+        logits = predict(model, split, batch_size=batch_size)
+    labels = split.labels.to(logits.device)
     right = logits.argmax(1) == labels
     right_of_class, of_class = (found.bincount(minlength=logits.shape[1]) for found in (labels[right], labels))
     present = of_class > 0
@@ -247,9 +233,10 @@ def evaluate(
     )
 
 
-def predict(model: nn.Module, split: Split, *, batch_size: int = 512, device: torch.device | str = "cpu") -> Tensor:
+def predict(model: nn.Module, split: Split, *, batch_size: int = 512) -> Tensor:
     """Logits (N, classes) of all images of a split, on the model's device; leaves the model in evaluation mode."""
     model.eval()
+    device = next(model.parameters()).device
     with torch.no_grad():
         return torch.cat([model(images.to(device)) for images in split.images.split(batch_size)])
 
@@ -298,9 +285,7 @@ def _execution(config: RunConfig, device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.deterministic = deterministic
 
 
-def _attach_penalty(
-    config: RunConfig, model: nn.Module, train: Split
-) -> AbstractContextManager[ActivationPenalty | None]:
+def _attach_penalty(config: RunConfig, model: nn.Module, train: Split) -> ActivationPenalty | nullcontext[None]:
     """The configuration's penalty; none at all with lambda 0, which is standard training bit for bit."""
     if config.lambda_ == 0:
         return nullcontext()

@@ -278,7 +278,7 @@ def test_no_penalty_is_left_on_the_network_after_a_failure():
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     wrong = [(data.train.images[:4], torch.full((4,), 99))]
     with pytest.raises(IndexError), ActivationPenalty(model) as penalty:
-        training.train_one_epoch(model, wrong, optimizer, penalty, [(0.1, 1.0)], device=torch.device("cpu"))
+        training.train_one_epoch(model, wrong, optimizer, penalty, [(0.1, 1.0)])
     with ActivationPenalty(model):
         pass
 
