@@ -6,7 +6,7 @@ import nbformat
 import pytest
 
 from eatlib.config import RunConfig
-from eatlib.results import ROOT
+from eatlib.results import ROOT, StudyResults
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -26,11 +26,22 @@ def test_a_notebook_has_outputs_and_no_errors(path):
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run it top to bottom"
 
 
-def test_the_training_notebook_has_every_field_and_no_other():
+def training_parameters():
+    """The parameters of the training notebook and their values."""
     notebook = nbformat.read(ROOT / "notebooks" / "1_train.ipynb", as_version=4)
     (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    names = [statement.target.id for statement in ast.parse(cell.source).body]
-    assert names == [*RunConfig.model_fields, "start_weights", "work_dir"]
+    return {statement.target.id: ast.literal_eval(statement.value) for statement in ast.parse(cell.source).body}
+
+
+def test_the_training_notebook_has_every_field_and_no_other():
+    assert [*training_parameters()] == [*RunConfig.model_fields, "start_weights", "work_dir"]
+
+
+def test_as_it_stands_the_training_notebook_is_compared_with_standard_training_of_the_default_study():
+    own = {name: value for name, value in training_parameters().items() if name in RunConfig.model_fields}
+    assert own["lambda_"] > 0
+    known = StudyResults.load(ROOT / "results" / "reference" / "quick").runs.values()
+    assert RunConfig.parse(own | {"lambda_": 0}).hash in [result.config_hash for result in known]
 
 
 def test_what_is_selected_and_averaged_stands_in_short_cells():
