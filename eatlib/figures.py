@@ -18,6 +18,8 @@ AXIS_NAMES = {RATIO: "energy ratio (published)", ACCURACY: "test accuracy"}
 STANDARD, AWARE = "standard training (ST)", "energy-aware training (EAT)"
 COLORS = {STANDARD: "#0072b2", AWARE: "#d55e00"}
 """Two colours that colour-blind readers, and a grey printer, tell apart (Okabe and Ito)."""
+PAIR_COLORS = ["#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999", "#8c564b"]
+"""Of data sets and networks: others, as those two say how a network was trained."""
 
 MARKS = pd.DataFrame.from_dict(
     {
@@ -153,7 +155,7 @@ def explore_page(runs: pd.DataFrame, title: str, text: str) -> str:
     chart = chart.mark_point(filled=True, size=80, opacity=0.8).encode(
         x=alt.X("ratio:Q", title="energy ratio", scale=near),
         y=alt.Y(ACCURACY, title="test accuracy", scale=near),
-        color=alt.Color("title", title="data set, network", scale=alt.Scale(scheme="category10")),
+        color=alt.Color("title", title="data set, network", scale=alt.Scale(range=PAIR_COLORS)),
         shape=alt.condition("datum.lambda == 0", alt.value("square"), alt.value("circle")),
         tooltip=[alt.Tooltip(field, title=name, format=form[field[-1]]) for field, name in words.items()],
     )
