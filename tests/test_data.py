@@ -191,8 +191,11 @@ IMAGE = "own/train/dog/3.png"
         (IMAGE, lambda path: Image.new("I;16", (8, 8)).save(path), f"{IMAGE}: pixels of type I;16"),
         (IMAGE, lambda path: Image.new("F", (8, 8)).save(path, format="TIFF"), f"{IMAGE}: pixels of type F"),
         (IMAGE, lambda path: path.write_bytes(b"P6 20000 20000 255\n"), f"{IMAGE}: .*decompression bomb"),
+        (IMAGE, lambda path: path.write_bytes(b"P6 10000 10000 255\n"), f"{IMAGE}: .*decompression bomb"),
+        (IMAGE, lambda path: Image.new("RGB", (8, 8)).save(path, format="EPS"), f"{IMAGE}: .*cannot identify"),
         (IMAGE, lambda path: (path.unlink(), os.mkfifo(path)), f"{IMAGE}: not a regular file"),
         (IMAGE, lambda path: (path.unlink(), path.symlink_to("nowhere")), f"No such file .*{IMAGE}"),
+        ("own", lambda path: [(path / f"train/dog/{i}").symlink_to("..") for i in "ab"], "dog/.: the same folder as"),
     ],
 )
 def test_a_folder_that_cannot_be_used_is_refused(own, name, spoil, message):

@@ -5,8 +5,10 @@ import os
 import stat
 import tempfile
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from urllib.parse import quote
 
@@ -22,6 +24,8 @@ from eatlib.sources import SOURCES, DataError, Listing, Source, about
 
 TEST_SHARE = 0.2
 """Share of the images kept for testing where the source has no test split of its own."""
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What a file may hold, whatever it is called: Pillow knows others too, of which PostScript runs as a program."""
 
 
 @dataclass(frozen=True)
@@ -174,14 +178,23 @@ def _state(paths: list[Path]) -> str:
     """Changes whenever a file in there is added, removed or written: a hash of names, sizes and times."""
     lines = []
     for number, top in enumerate(paths):
-        for folder, _, names in [(top.parent, [], [top.name]), *os.walk(top, followlinks=True)]:
-            for name in (f"{folder}/{name}".removeprefix(str(top)) for name in names):
-                if "/." not in name:  # what is hidden is no data
-                    found = os.stat(f"{top}{name}")  # noqa: PTH116  pathlib is slow for CelebA's 200,000 files
-                    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
-                        raise DataError(f"{top}{name}: not a regular file")  # reading a pipe could wait for ever
-                    lines.append(f"{number}{name}\t{found.st_size}\t{found.st_mtime_ns}")
+        for name in chain([""], _files(top)):
+            if "/." not in name:  # what is hidden is no data
+                found = os.stat(f"{top}{name}")  # noqa: PTH116  pathlib is slow for CelebA's 200,000 files
+                if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+                    raise DataError(f"{top}{name}: not a regular file")  # reading a pipe could wait for ever
+                lines.append(f"{number}{name}\t{found.st_size}\t{found.st_mtime_ns}")
     return hashlib.sha256("\n".join(sorted(lines)).encode(errors="surrogateescape")).hexdigest()
+
+
+def _files(top: Path) -> Iterator[str]:
+    """The files in a folder and all below, links followed, without `top` itself in their names."""
+    reached: dict[str, str] = {}
+    for folder, _, names in os.walk(top, followlinks=True):
+        first = reached.setdefault(os.path.realpath(folder), folder)
+        if first != folder:  # links that lead in circles could be followed for ever
+            raise DataError(f"{folder}: the same folder as {first}")
+        yield from (f"{folder}/{name}".removeprefix(str(top)) for name in names)
 
 
 def _decode(listing: Listing, size: int, progress: bool) -> Decoded:
@@ -198,7 +211,7 @@ def _decode(listing: Listing, size: int, progress: bool) -> Decoded:
         """Put one image where it belongs, resized; what the digest takes of it."""
         image, label = items[index]
         if not isinstance(image, np.ndarray):
-            with about(image), Image.open(image) as found:
+            with about(image), Image.open(image, formats=FORMATS) as found:
                 if found.mode[0] in "IF":  # Pillow would clip them
                     raise DataError(f"pixels of type {found.mode}; convert it to 8 bits a channel")
                 image = np.asarray(found.convert("RGB"))
@@ -211,7 +224,8 @@ def _decode(listing: Listing, size: int, progress: bool) -> Decoded:
         return original
 
     digest = hashlib.sha256()
-    with ThreadPoolExecutor() as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # by far too large to be decoded
         for start in tqdm(range(0, len(items), 1000), desc="decoding", disable=not progress):
             for original in pool.map(place, range(start, min(start + 1000, len(items)))):  # lest decoded ones pile up
                 digest.update(original)
