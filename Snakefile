@@ -47,7 +47,7 @@ rule train:
         notebook=ancient("notebooks/1_train.ipynb"),  # a changed comment trains nothing again; `-R train` does
         study=ancient(f"{folder}/study.yaml"),
         before=lambda wildcards: [  # the run whose weights it starts from, if it does
-            ancient(f"{folder}/{name}.json") for name in runs if runs[name].hash == runs[wildcards.run].start
+            ancient(f"{folder}/{name}.json") for name in [steps.predecessor(runs, runs[wildcards.run])] if name
         ],
     output:
         f"{folder}/{{run}}.json",

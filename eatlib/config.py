@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -247,7 +248,7 @@ class Study(Record):
         """
         try:
             values = {"name": path.stem, **yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)}  # a safe loader
-        except (OSError, yaml.YAMLError, TypeError, UnicodeDecodeError, RecursionError) as error:
+        except Exception as error:  # YAML makes dates and long numbers of a text, which can raise anything
             reason = " ".join(str(error).split())
             raise ConfigError(f"{path}: not a readable YAML file ({reason})") from None
         try:
@@ -266,9 +267,9 @@ class Study(Record):
             twice = block.grid.keys() & {*own, *itertools.chain(*block.path)}
             if twice:
                 raise ConfigError(f"{where}: {sorted(twice)} both in the grid and fixed, or in the path")
+            if len(runs) + math.prod(map(len, block.grid.values())) * len(block.path) > MAX_RUNS:
+                raise ConfigError(f"{where}: more than {MAX_RUNS:,} runs")
             for values in itertools.product(*block.grid.values()):
-                if len(runs) == MAX_RUNS:
-                    raise ConfigError(f"{where}: more than {MAX_RUNS:,} runs")
                 point, before = own | dict(zip(block.grid, values, strict=True)), None
                 for step in block.path:
                     point |= step if before is None else {"start": before} | step

@@ -36,7 +36,7 @@ PARENT = "EATLIB_PARENT"
 
 def predecessor(configs: dict[str, RunConfig], config: RunConfig) -> str | None:
     """The name of the run whose weights this one starts from."""
-    return next((name for name, run in configs.items() if run.hash == config.start), None)
+    return next((name for name, run in configs.items() if config.starts_from_run and run.hash == config.start), None)
 
 
 def train(folder: Path, name: str, *, for_weights: bool = False) -> None:

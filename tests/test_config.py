@@ -219,6 +219,8 @@ def test_fields_that_came_later_leave_older_hashes_as_they_were():
         ("label: x\nblocks: [{grid: {seed: [1], seed: [2]}}]", "line 2: 'seed' stands twice"),
         ("[" * 10_000, "not a readable YAML file"),
         (f"label: x\nblocks: [{{grid: {{lambda: {list(range(101))}, seed: {list(range(100))}}}}}]", "more than 10,000"),
+        (f"label: x\nblocks: [{{grid: {{lambda: {[1] * 101}, seed: {[1] * 100}}}}}]", "more than 10,000"),
+        ("label: 2001-99-99\nblocks: [{}]", "not a readable YAML file"),
     ],
 )
 def test_a_bad_study_file_is_refused(tmp_path, text, message):

@@ -236,7 +236,7 @@ def test_runs_that_differ_in_more_than_penalty_and_seed_are_named(tradeoff):
 @pytest.mark.parametrize(
     ("runs", "sentence"),
     [
-        ({}, "0 of 1 runs have a result"),
+        ({}, "0 of the study's 1 runs have a result"),
         ({1: RUNS[1], 2: RUNS[2]}, "No standard training (lambda 0) has a result"),
         ({0: RUNS[0]}, "no setting is within the margin"),
         ({0: RUNS[0], 5: RUNS[5]}, "no setting is within the margin"),
@@ -258,7 +258,7 @@ def test_missing_runs_and_foreign_files_are_named(tradeoff, tmp_path):
     (tmp_path / "s" / "digits_resnet18_lambda1_seed1.json").unlink()
     (tmp_path / "s" / "foreign.json").write_text("{")
     said = tradeoff.on(tmp_path / "s")["said"]
-    assert "7 of 8 runs have a result" in said
+    assert "7 of the study's 8 runs have a result" in said
     assert "Missing: digits_resnet18_lambda1_seed1." in said
     assert re.search(r"Not used: .*foreign\.json", said)
 
