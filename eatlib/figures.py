@@ -85,7 +85,7 @@ def ways_figure(means: pd.DataFrame) -> Figure:
     """Test accuracy against energy ratio, a panel for each `title`; a line for each `name`, in the rows' order."""
     semantics = {"x": RATIO, "y": ACCURACY, "hue": "name", "style": "name", "col": "title"}
     looks = {"kind": "line", "sort": False, "markers": True, "dashes": False, "markersize": 8}
-    grid = sns.relplot(means, **semantics, **looks, **PANELS)
+    grid = sns.relplot(means, **semantics, **looks, col_wrap=2, **PANELS)
     grid.set_axis_labels(AXIS_NAMES[RATIO], AXIS_NAMES[ACCURACY]).set_titles("{col_name}")
     for axis in grid.axes.flat:
         axis.locator_params("x", nbins=6)
