@@ -206,7 +206,7 @@ class ActivationPenalty(AbstractContextManager):
         self._over = self._fused = False
         self._thread: int | None = None  # that is in the model
         self._layer: str | None = None  # that is being called
-        self._functions = _ZeroFunctions(self) if layers == "relu" else None
+        self._functions, self._functional = _Functions(self), layers == "relu"
         leaves = leaf_modules(model)
         self._names = {leaves[name]: name for name in self.layers}
         self._handles = [model.register_forward_pre_hook(self._start)]
@@ -265,15 +265,14 @@ class ActivationPenalty(AbstractContextManager):
         self._terms, self._over, self._layer = {}, False, None
         self._thread, self._with_gradient = _thread() if module.training else None, torch.is_grad_enabled()
         # torch.compile makes one kernel of ReLU and its penalty by itself, and cannot trace `_ReLU`.
-        self._fused = self._functions and self._penalty is l0 and not torch.compiler.is_compiling()
-        if module.training and self._functions:
+        self._fused = self._functional and self._penalty is l0 and not torch.compiler.is_compiling()
+        if module.training:
             self._functions.__enter__()
 
     def _end(self, module: nn.Module, _: Any, output: Any) -> None:
         if module is self._model and self._thread == _thread():
             self._thread, self._over = None, output is not None  # None: it raised
-            if self._functions:
-                self._functions.__exit__(None, None, None)
+            self._functions.__exit__(None, None, None)
 
     def _enter(self, leaf: nn.Module, _: Any) -> None:
         self._layer = self._names.get(leaf)
@@ -318,8 +317,11 @@ def _thread() -> int:
     return 0 if torch.compiler.is_compiling() else get_ident()
 
 
-class _ZeroFunctions(TorchFunctionMode):
-    """Adds to a penalty what calls a function that makes zeros, by itself or as ReLU does."""
+class _Functions(TorchFunctionMode):
+    """Adds to a penalty what calls a function that makes zeros, by itself or as ReLU does.
+
+    It runs for any layers: by it torch.compile knows a penalised pass from that of a model that has no penalty.
+    """
 
     def __init__(self, penalty: ActivationPenalty) -> None:
         super().__init__()
@@ -334,7 +336,7 @@ class _ZeroFunctions(TorchFunctionMode):
             penalty._store(penalty._layer or name, value, output[: penalty._count(x)])
             return output
         output = function(*arguments, **keywords)
-        if name and penalty._layer is None:
+        if name and penalty._functional and penalty._layer is None:
             penalty._add(name, output, name == "F.relu")
         return output
 

@@ -274,6 +274,7 @@ def test_compiled(backend, fullgraph):
     torch._dynamo.reset()
     model, (images, labels) = net(), batch()
     expected = by_penalty(model, images, labels)
+    torch.compile(copy.deepcopy(model), backend=backend, fullgraph=fullgraph)(images)  # what comes is no such model
     with ActivationPenalty(model) as penalty:
         compiled = torch.compile(model, backend=backend, fullgraph=fullgraph)
         for _ in range(2):
