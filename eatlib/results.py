@@ -237,7 +237,7 @@ class StudyResults:
             try:
                 result = RunResult.load(path)
                 found[result.config_hash] = path.stem, result
-            except ResultError as error:
+            except (ResultError, OSError) as error:  # the latter: a link to nowhere, or a file that may not be read
                 problems.append(str(error))
         configs = {found.get(run.hash, (name,))[0]: run for name, run in study.runs().items()}
         return cls(

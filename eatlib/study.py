@@ -48,7 +48,7 @@ def open_study(name: str) -> Study:
 def prepare(study: Study, folder: Path) -> StudyResults:
     """Write the study beside its results, clear the places of its runs, and see what is there; the caller locks it."""
     text, path = study.to_yaml(), folder / "study.yaml"
-    if not path.exists() or path.read_text(encoding="utf-8") != text:  # a newer file has the figures drawn again
+    if not path.is_file() or path.read_bytes() != text.encode():  # a newer file has the figures drawn again
         write_atomically(path, text)
     found = StudyResults.load(folder, study)
     for problem in found.problems:
@@ -140,8 +140,10 @@ def last_words(log: Path) -> str:
 
 def run(name: str, arguments: argparse.Namespace, options: list[str]) -> int:
     """Check everything, have the engine do what is missing, and show the table."""
+    if not re.fullmatch(r"all|0*[1-9]\d*", arguments.cores or "all"):  # with 0, Snakemake would wait for ever
+        raise StudyError(f"-c {arguments.cores}: must be all, or a number of runs at a time")
     study = open_study(name)
-    folder = arguments.results.resolve() / study.name
+    folder = Path(os.path.realpath(arguments.results), study.name)  # also of links in a circle
     if arguments.dry_run:
         if options:
             raise StudyError(f"--dry-run goes without {' '.join(options)}")
@@ -190,17 +192,19 @@ def main() -> int:
     parser.add_argument("-n", "--dry-run", action="store_true")
     parser.add_argument("--download", action="store_true")
     parser.add_argument("--results", type=Path, default=ROOT / "results")
+    parser.add_argument("-c", "--cores")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     sys.stdout.reconfigure(errors="replace")
     study = sys.argv[1] if named else "quick"
     arguments, options = parser.parse_known_args(sys.argv[1 + bool(named) :])
+    options += ["-c", arguments.cores] if arguments.cores else []
     try:
         try:
             return run(study, arguments, options)
         except BrokenPipeError:  # whoever read this has gone: go on without
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return run(study, arguments, options)
-    except (StudyError, ConfigError) as error:
+    except (StudyError, ConfigError, OSError) as error:  # the last: something in the results folder cannot be used
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """A result is written whole or not at all, and nothing else passes for one."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -81,12 +82,14 @@ def test_a_study_reports_what_is_missing_and_what_is_no_result(tmp_path, make_re
     (tmp_path / "study.yaml").write_text(study.to_yaml())
     make_result(**{"lambda": 1}).save(tmp_path / "a.json")
     make_result(**{"lambda": 9}).save(tmp_path / "of-another-study.json")
-    (tmp_path / "bad.json").write_text("{")
+    for name, text in {"bad": "{", "deep": "[" * 100_000, "long": "9" * 5000}.items():
+        (tmp_path / f"{name}.json").write_text(text)
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "gone.json").symlink_to("nowhere")
     found = StudyResults.load(tmp_path)
     assert {name: result.config.lambda_ for name, result in found.runs.items()} == {"a": 1}
     assert found.missing == ["digits_resnet18_lambda0_seed0", "digits_resnet18_lambda2_seed0"]
-    (problem,) = found.problems
-    assert "bad.json" in problem
+    assert re.findall(r"(\w+)\.json", "".join(found.problems)) == ["bad", "deep", "folder", "gone", "long"]
 
 
 def study_results(*results):

@@ -188,9 +188,10 @@ def _state(paths: list[Path]) -> str:
 
 
 def _files(top: Path) -> Iterator[str]:
-    """The files in a folder and all below, links followed, without `top` itself in their names."""
+    """The files in a folder and all below that is not hidden, links followed, without `top` itself in their names."""
     reached: dict[str, str] = {}
-    for folder, _, names in os.walk(top, followlinks=True):
+    for folder, below, names in os.walk(top, followlinks=True):
+        below[:] = [name for name in below if name[0] != "."]
         first = reached.setdefault(os.path.realpath(folder), folder)
         if first != folder:  # links that lead in circles could be followed for ever
             raise DataError(f"{folder}: the same folder as {first}")
