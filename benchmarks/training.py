@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    torch._dynamo.config.specialize_float = True  # or a second value of `share` in one process ends in an error
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {find_device(arguments.device)}")
     columns = "".join(f"{column:>12}" for column in ("penalty", "memory", "quarter", "memory", "usual", "memory"))
     print(f"{'network':16}{'precision':>10}{'standard':>15}{columns}")
