@@ -99,7 +99,7 @@ def test_a_page_has_a_title_and_fetches_nothing(name, folder):
 
 
 def test_figures_have_alternative_texts_with_their_numbers(folder):
-    tradeoff, firing, ablation = (
+    tradeoff, ways, firing, ablation = (
         image["alt"] for image in Elements((folder / "tradeoff.html").read_text()).found["img"]
     )
     assert tradeoff == (
@@ -107,6 +107,7 @@ def test_figures_have_alternative_texts_with_their_numbers(folder):
         "digits, ResNet-18, λ 2, σ 0.01: energy ratio from 0.800 to 0.601, accuracy from 0.950 to 0.930; "
         "GTSRB, ResNet-18, λ 1, σ 0.01: energy ratio from 0.850 to 0.750, accuracy from 0.900 to 0.890"
     )
+    assert ways.startswith("Test accuracy against energy ratio, means over seeds, a line a way: from nothing, ")
     assert firing.endswith("on average 62% with standard training (ST), 51% with energy-aware training (EAT)")
     assert ablation == "Test accuracy and energy ratio over lambda, a line a sigma: 0.0001, 0.01"
 
