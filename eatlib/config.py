@@ -313,7 +313,7 @@ def _named(runs: Collection[RunConfig]) -> dict[str, RunConfig]:
             if key in ("lambda", "seed") or (key != "start" and len(seen[run.dataset, run.model, key]) > 1):
                 text = f"{value:g}" if isinstance(value, float) else str(value)
                 parts.append(text if isinstance(value, str) else f"{key}{text}")
-        name = "_".join(re.sub(r"[^A-Za-z0-9._=,-]+", "-", part)[:60].strip("-") for part in parts)
+        name = "_".join(re.sub(r"[^A-Za-z0-9._=,+-]+", "-", part)[:60].strip("-") for part in parts)
         named[name if name not in named else f"{name}_{run.hash}"] = run
     return named
 

@@ -148,10 +148,12 @@ def test_a_field_that_only_some_runs_change_is_in_their_names(tmp_path):
           - grid: {lambda: [0, 1]}
           - grid: {lambda: [0, 1]}
             fixed: {penalty_share: 0.5}
+          - fixed: {lambda: 1.0e+9}
         """,
     )
     shared, part = "digits_resnet18_lambda1_seed0", "digits_resnet18_lambda1_penalty_share0.5_seed0"
-    assert list(loaded.runs()) == ["digits_resnet18_lambda0_seed0", shared, part]
+    large = "digits_resnet18_lambda1e+09_seed0"
+    assert list(loaded.runs()) == ["digits_resnet18_lambda0_seed0", shared, part, large]
 
 
 def test_a_runs_name_says_what_varies_among_the_runs_of_its_data_set_and_network(tmp_path):
