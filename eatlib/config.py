@@ -264,8 +264,7 @@ class Study(Record):
         for index, block in enumerate(self.blocks, start=1):
             where = f"study {self.name}, block {index}"
             own = self.fixed | block.fixed
-            twice = block.grid.keys() & {*own, *itertools.chain(*block.path)}
-            if twice:
+            if twice := block.grid.keys() & {*own, *itertools.chain(*block.path)}:
                 raise ConfigError(f"{where}: {sorted(twice)} both in the grid and fixed, or in the path")
             if len(runs) + math.prod(map(len, block.grid.values())) * len(block.path) > MAX_RUNS:
                 raise ConfigError(f"{where}: more than {MAX_RUNS:,} runs")

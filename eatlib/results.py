@@ -1,6 +1,7 @@
 """What a run leaves behind: one validated JSON, written whole or not at all, and a table of many."""
 
 import hashlib
+import json
 import os
 import platform
 import subprocess
@@ -98,7 +99,7 @@ class Provenance(Record):
     """Where a result comes from."""
 
     git_commit: str | None = Field(description="None: not run from a git checkout")
-    git_clean: bool | None = Field(description="whether eatlib/ had no uncommitted change")
+    git_clean: bool | None = Field(description="whether the code had no uncommitted change")
     code: str = Field(description="12 hex digits of a SHA-256 over the modules that decide the numbers")
     packages: dict[str, str]
     python: str
@@ -167,16 +168,23 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @cache
 def git_state() -> tuple[str | None, bool | None]:
-    """The commit that the code is at, and whether the code has no uncommitted change; (None, None) outside git."""
+    """The commit, and whether eatlib/ and the code of the training notebook are as in it; (None, None) outside git."""
+    notebook = "notebooks/1_train.ipynb"
+    commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "eatlib"], ["show", f"HEAD:{notebook}"])
     git = {"stderr": subprocess.DEVNULL, "text": True}
     if ROOT != _CHECKOUT:  # the commit would be another project's
         return None, None
     try:
-        commands = (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "eatlib"])
-        commit, changes = (subprocess.check_output(["git", "-C", ROOT, *c], **git) for c in commands)
+        commit, changes, committed = (subprocess.check_output(["git", "-C", ROOT, *c], **git) for c in commands)
     except (OSError, subprocess.CalledProcessError):
         return None, None
-    return commit.strip(), not changes
+    return commit.strip(), not changes and computing(committed) == computing((ROOT / notebook).read_text("utf-8"))
+
+
+def computing(notebook: str) -> list[Any]:
+    """The code in a notebook's JSON, but for its parameters."""
+    cells = [cell for cell in json.loads(notebook)["cells"] if cell["cell_type"] == "code"]
+    return [cell["source"] for cell in cells if "parameters" not in cell["metadata"].get("tags", [])]
 
 
 @cache

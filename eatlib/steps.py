@@ -84,7 +84,7 @@ def train(folder: Path, name: str, *, for_weights: bool = False) -> None:
             finished.replace(result)
         shutil.rmtree(work)
         for run in filter(None, (None if for_weights else name, before)):
-            needed = (folder / f"{other}.json" for other in configs if predecessor(configs, configs[other]) == run)
+            needed = (folder / f"{other}.json" for other in configs if configs[other].start == configs[run].hash)
             if not configs[run].save_weights and all(path.exists() for path in needed):
                 (folder / f"{run}.safetensors").unlink(missing_ok=True)
 

@@ -34,11 +34,10 @@ def open_study(name: str) -> Study:
         StudyError: there is none.
         ConfigError: it is not valid.
     """
-    folder = ROOT / "studies"
-    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    path = Path(name) if name.endswith((".yaml", ".yml")) else ROOT / "studies" / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml"))) or "none, as this is no checkout"
-        raise StudyError(f"study = {name!r}: must be the path of a YAML file, or one of {folder}: {known}")
+        known = ", ".join(sorted(path.stem for path in ROOT.glob("studies/*.yaml"))) or "none, as this is no checkout"
+        raise StudyError(f"study = {name!r}: must be the path of a YAML file, or one of {ROOT}/studies: {known}")
     return Study.load(path)
 
 

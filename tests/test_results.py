@@ -8,7 +8,7 @@ import pytest
 
 from eatlib.config import Study
 from eatlib.hardware import Hardware
-from eatlib.results import ResultError, RunResult, StudyResults, git_state, write_atomically
+from eatlib.results import ResultError, RunResult, StudyResults, computing, git_state, write_atomically
 
 
 def test_save_and_load_give_the_same_result(tmp_path, make_result):
@@ -115,6 +115,16 @@ def test_any_prices_apply_to_a_results_counts(make_result):
         assert row["test_published_ratio"] == pytest.approx(0.6 * memory / (memory + operation))
         assert row["test_fused_joules"] == pytest.approx(1e-12 * 600 * memory / 10), "600 accesses of 10 images"
     assert found.table().equals(found.table("horowitz-45nm-float32"))
+
+
+def test_a_notebooks_outputs_and_parameters_are_not_its_code():
+    def notebook(code, outputs=(), parameter="0", text="a"):
+        cell = {"cell_type": "code", "metadata": {}, "source": [code], "outputs": list(outputs)}
+        first = cell | {"metadata": {"tags": ["parameters"]}, "source": [parameter]}
+        return json.dumps({"cells": [first, {"cell_type": "markdown", "metadata": {}, "source": [text]}, cell]})
+
+    assert computing(notebook("fit()")) == computing(notebook("fit()", ["done"], "1", "b")) == [["fit()"]]
+    assert computing(notebook("fit()")) != computing(notebook("fit(2)"))
 
 
 def test_git_state_is_of_this_repository():

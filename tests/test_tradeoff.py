@@ -136,12 +136,12 @@ def test_hypervolumes_and_their_changes_by_hand(tradeoff):
         2: [{"accuracy": 0.85, "ratio": 0.5}, {"accuracy": 0.9, "ratio": 0.5}],  # of seed 1, it dominates lambda 1
         4: [{"accuracy": 0.7, "ratio": 0.4}, {"accuracy": 0.8, "ratio": 0.4}],  # 10 points and more below: no area
     }
-    longer = [{"accuracy": 0.9, "ratio": 0.6, "epochs": 3, "lambda": value, "seed": 0} for value in (1, 2)]
+    longer = [{"accuracy": 0.9, "ratio": 0.7, "epochs": 3, "lambda": value, "seed": 0} for value in (1, 2)]
     notebook = tradeoff(runs, extra=longer)
     first, other, second = notebook["volumes"].to_dict("records")
     assert first["hypervolume"] == pytest.approx(0.2 * 0.05 + 0.1 * 0.1)
     assert second["hypervolume"] == pytest.approx(0.3 * 0.1)
-    assert (other["name"], other["change_percent"]) == ("from nothing, 3 epochs a λ", pytest.approx(0))
+    assert (other["name"], other["change_percent"]) == ("from nothing, 3 epochs a λ", pytest.approx(-50))
     assert (first["epochs"], first["images_a_point"], other["epochs"]) == (8 + 3, 11 / 4 * 70, 8 + 2 * 3)
 
 

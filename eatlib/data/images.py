@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -157,12 +158,10 @@ def _load(config: RunConfig, progress: bool) -> tuple[Decoded, bool]:
 def _cached(source: Source, paths: list[Path], cache: Path, size: int, progress: bool) -> Decoded:
     """The images from the cache, if it was made from these files, else decoded now and written to it."""
     made_from = ["version 3", _state(paths)]  # a later version, once decoding changes
-    try:
+    with suppress(Exception):  # none is there, or a damaged one, which can raise anything
         found = torch.load(cache, mmap=True)  # tensors and plain values alone: no code is run
         if found["made_from"] == made_from:
             return Decoded(**found["decoded"])
-    except Exception:  # none is there, or a damaged one, which can raise anything
-        pass
     decoded = _decode(source.read(*paths), size, progress)
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)

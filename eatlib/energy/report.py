@@ -196,11 +196,7 @@ def _measure(model: nn.Module, batches: Iterable[Any], **options: Any) -> Energy
                 images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
                 if not isinstance(images, Tensor):
                     raise EnergyError(f"a batch is a {type(batch).__name__}: must be images or (images, labels)")
-                try:
-                    model(images.to(next(model.parameters(), images).device))
-                except RuntimeError as error:
-                    error.add_note(f"The images are {images.dtype}: convert them if the model takes other numbers")
-                    raise
+                model(images.to(next(model.parameters(), images).device))
     finally:
         for module, training in modes.items():
             module.training = training
@@ -232,7 +228,7 @@ def activation_cost(model: nn.Module, images: Tensor, hardware: str | Hardware) 
 def silent_ratio(network: nn.Module, image_size: int, batch_size: int, hardware: str | Hardware) -> float:
     """The energy ratio of one of the paper's networks if no ReLU ever fired: the floor of this accounting.
 
-    Convolution and batch-norm outputs are taken as dense. A network that lost whole layers can be below.
+    Convolution and batch-norm outputs are taken as dense: a network in which they are not can be below.
     """
     meter = _measure(network, [torch.zeros(1, 3, image_size, image_size)], hardware=hardware)
     rows, joules = meter._pass.rows["published"], meter.hardware.joules
