@@ -145,6 +145,20 @@ def test_hypervolumes_and_their_changes_by_hand(tradeoff):
     assert (first["epochs"], first["images_a_point"], other["epochs"]) == (8 + 3, 11 / 4 * 70, 8 + 2 * 3)
 
 
+def test_savings_are_compared_with_what_is_possible(tradeoff):
+    notebook = tradeoff(dataset="cifar10")
+    gone, (floor,), (paper,) = notebook["gone"].set_index("which"), notebook["floors"]["floor"], notebook["theirs"]
+    expected = {"within 1": (1, 0.79 - 0.71, 0.0), "within 3": (2, 0.79 - 0.61, 2.5)}
+    for which, (value, saved, lost) in expected.items():
+        row = gone.loc[which]
+        assert (row["lambda"], row["points_lost"]) == (value, pytest.approx(lost))
+        assert row["possible_percent"] == pytest.approx(100 * saved / (0.79 - floor))
+    theirs = gone.loc["the paper, within 3"]
+    assert (theirs["floor"], theirs["points_lost"]) == (paper, pytest.approx(2))
+    assert theirs["possible_percent"] == pytest.approx(100 * (0.73 - 0.61) / (0.73 - paper))
+    assert paper == pytest.approx(0.47, abs=0.005)  # the paper's network is not narrowed
+
+
 def test_other_prices_apply_to_the_counts_and_go_to_a_folder_of_their_own(tradeoff, tmp_path):
     runs = {0: [{"ratio": 0.8, "products": 1.0}], 1: [{"ratio": 0.6, "products": 0.0}]}
     name = "horowitz-45nm-int8-sram"  # 12.5 pJ an access, 0.2 pJ a multiplication, as many of the one as of the other
