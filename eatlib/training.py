@@ -111,12 +111,12 @@ def fit(
         steps = count_batches(len(train), config.batch_size)
         bar = tqdm(initial=steps * len(state.history), total=steps * config.epochs, unit="step", disable=not progress)
         with bar, _attach_penalty(config, model, train) as penalty:
-            network = torch.compile(model) if config.compile else model
+            # Dynamic code, for batches of any size, is slower.
+            network = torch.compile(model, dynamic=False) if config.compile else model
             for epoch in range(len(state.history) + 1, config.epochs + 1):
                 epoch_start = time.perf_counter()
                 settings = [setting(config, (epoch - 1) * steps + step, steps) for step in range(steps)]
-                images = training_batches(train, config.batch_size, config.augmentation, state.generator)
-                images = _counted(images, bar)
+                images = _counted(training_batches(train, config.batch_size, config.augmentation, state.generator), bar)
                 means = train_one_epoch(network, images, state.optimizer, penalty, settings, **options)
                 logits = predict(model, validation)
                 facts = means | {"validation_loss": F.cross_entropy(logits, validation.labels).item()}
