@@ -91,7 +91,7 @@ def test_snippets_run(code, monkeypatch, tmp_path):
     try:
         exec(code, known | {"test_batches": [(images, labels)], "batches": [(images, labels)]})
     except ModuleNotFoundError as error:
-        if error.name not in ("lightning", "transformers"):
+        if error.name not in ("lightning", "onnxruntime", "onnxscript", "transformers"):
             raise
         pytest.skip(f"{error.name} is not installed")
     assert not model[2]._forward_hooks
