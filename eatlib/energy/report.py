@@ -183,15 +183,18 @@ def energy_report(
     Raises:
         EnergyError: as `EnergyMeter`; unknown accounting; no batches, or batches of another kind.
     """
-    return _measure(model, batches, **options).report(accounting)
+    return measure(EnergyMeter(model, **options), batches).report(accounting)
 
 
-def _measure(model: nn.Module, batches: Iterable[Any], **options: Any) -> EnergyMeter:
+def measure(meter: EnergyMeter, batches: Iterable[Any]) -> EnergyMeter:
+    """Send the batches of `energy_report` through the meter's model in evaluation mode, and return the meter."""
+    model = meter._model
     if isinstance(batches, Tensor):
         raise EnergyError(f"batches is one tensor {tuple(batches.shape)}: give a list of batches, [images]")
     modes = {module: module.training for module in model.modules()}
     try:
-        with EnergyMeter(model.eval(), **options) as meter, torch.no_grad():
+        model.eval()
+        with meter, torch.no_grad():
             for batch in batches:
                 images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
                 if not isinstance(images, Tensor):
@@ -217,7 +220,7 @@ def activation_cost(model: nn.Module, images: Tensor, hardware: str | Hardware) 
     Returns:
         By leaf module call, as in `EnergyMeter.firing`: joules per non-zero element / dense joules of the batch.
     """
-    meter = _measure(model, [images], hardware=hardware)
+    meter = measure(EnergyMeter(model, hardware=hardware), [images])
     cost: Counter[str] = Counter()
     for layers, accesses, macs in meter._pass.uses:
         cost.update(dict.fromkeys(layers, meter.hardware.joules(accesses, macs)))
@@ -230,7 +233,8 @@ def silent_ratio(network: nn.Module, image_size: int, batch_size: int, hardware:
 
     Convolution and batch-norm outputs are taken as dense: a network in which they are not can be below.
     """
-    meter = _measure(network, [torch.zeros(1, 3, image_size, image_size)], hardware=hardware)
+    images = torch.zeros(1, 3, image_size, image_size)
+    meter = measure(EnergyMeter(network, hardware=hardware), [images])
     rows, joules = meter._pass.rows["published"], meter.hardware.joules
     whole, first = sum(rows, Row("all", "")), next(row for row in rows if row.kind == "Conv2d")
     read = sum(row.inputs for row in rows if row.kind == "BatchNorm2d" or row is first)
