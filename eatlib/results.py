@@ -78,6 +78,11 @@ class Epoch(Record):
     train_accuracy: float = Field(ge=0, le=1, description="of the predictions made while training")
     validation_accuracy: float = Field(ge=0, le=1)
     seconds: float = Field(ge=0)
+    joules: dict[str, float] | None = Field(
+        default=None,
+        exclude_if=lambda joules: joules is None,
+        description="measured, of whole devices, by part: gpu, cpu, memory; no field where zeus could measure none",
+    )
 
 
 class DataInfo(Record):

@@ -113,6 +113,7 @@ def fit(
         with bar, _attach_penalty(config, model, train) as penalty:
             # Dynamic code, for batches of any size, is slower.
             network = torch.compile(model, dynamic=False) if config.compile else model
+            joules = joule_meter()
             for epoch in range(len(state.history) + 1, config.epochs + 1):
                 epoch_start = time.perf_counter()
                 settings = [setting(config, (epoch - 1) * steps + step, steps) for step in range(steps)]
@@ -128,6 +129,7 @@ def fit(
                     **means,
                     validation_accuracy=(logits.argmax(1) == validation.labels).double().mean().item(),
                     seconds=round(time.perf_counter() - epoch_start, 3),
+                    joules=joules(),
                 )
                 state.history.append(record)
                 bar.set_postfix(epoch=epoch, loss=record.loss, validation_accuracy=record.validation_accuracy)
@@ -239,6 +241,28 @@ def predict(model: nn.Module, split: Split, *, batch_size: int = 512) -> Tensor:
     device = next(model.parameters()).device
     with torch.no_grad():
         return torch.cat([model(images.to(device)) for images in split.images.split(batch_size)])
+
+
+def joule_meter() -> Callable[[], dict[str, float] | None]:
+    """A function that gives the joules that this machine has used since its last call, read off the hardware by zeus.
+
+    They are those of all GPUs in sight (`gpu`) and, where RAPL may be read, of the CPUs (`cpu`) and their memory
+    (`memory`), whatever else ran there; None where zeus is not installed or can read nothing. Nothing is estimated.
+    """
+    try:
+        from zeus.monitor import ZeusMonitor
+    except ImportError:
+        return lambda: None
+    monitor = ZeusMonitor()
+    monitor.begin_window("joules")
+
+    def joules() -> dict[str, float] | None:
+        used = monitor.end_window("joules")
+        monitor.begin_window("joules")
+        parts = {"gpu": used.gpu_energy, "cpu": used.cpu_energy, "memory": used.dram_energy}
+        return {part: sum(energy.values()) for part, energy in parts.items() if energy} or None
+
+    return joules
 
 
 # --- where it runs --------------------------------------------------------------------------------------------------

@@ -251,7 +251,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_result(tmp_path):
         subprocess.run(command, cwd=ROOT, env=environment(ROOT), check=True, capture_output=True)
         values = json.loads((folder / f"{name}.json").read_text())
         for epoch in values["history"]:
-            del epoch["seconds"]
+            epoch.update(seconds=None, joules=None)
         results.append(values | {"provenance": None})
         assert not (folder / "work" / name).exists()
     assert results[0] == results[1]

@@ -51,7 +51,7 @@ def without_timings(result: results.RunResult) -> dict:
     del values["provenance"]["date"], values["provenance"]["wall_seconds"]
     del values["config"]["save_weights"]
     for epoch in values["history"]:
-        del epoch["seconds"]
+        epoch.update(seconds=None, joules=None)
     return values
 
 
