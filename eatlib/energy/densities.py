@@ -64,7 +64,7 @@ def densities(model: nn.Module, batches: Iterable[Any]) -> "pd.DataFrame":
     The shape: a batch of N (that of the first batch; of a linear layer all rows of its input), G groups with C input
     and M output channels each, outputs P wide and Q high, kernels R wide and S high, strides and dilations. The sizes
     multiply to the MACs. Transposed and three-dimensional convolutions have none, nor have products of two activations,
-    whose factors both are `inputs`.
+    whose factors both are `inputs`. What `fused` lists as not counted is not in the table.
 
     The counts are sums over all batches, by the `fused` accounting: `inputs` without padding, `weights` without biases,
     `outputs` as they are written, after normalisation, activation and pooling. A density is their quotient.
