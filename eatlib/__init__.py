@@ -19,6 +19,7 @@ _HOMES = {
     "fit": "training",
     "load": "checkpoint",
     "load_data": "data",
+    "tradeoff": "curve",
 }
 __all__ = list(_HOMES)
 

@@ -1,10 +1,12 @@
 """What survives a process: the checkpoint of a run that is not done, and the weights of one that is."""
 
+import hashlib
 import io
 import json
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -87,8 +89,43 @@ def _made_of(config: RunConfig, data_digest: str) -> dict[str, str]:
 def save_weights(model: ImageClassifier, config: RunConfig, classes: list[str], path: Path) -> None:
     """Write trained weights, with what it takes to build their network, as a safetensors file."""
     facts = {"config": json.dumps(config.to_dict()), "classes": json.dumps(classes)}
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(path, safetensors.torch.save(tensors, facts))
+    write_atomically(path, safetensors.torch.save(copy_weights(model), facts))
+
+
+def copy_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A model's state on the CPU, each tensor in memory of its own."""
+    whole = torch.contiguous_format
+    return {name: x.detach().cpu().clone(memory_format=whole) for name, x in model.state_dict().items()}
+
+
+def weights_digest(state: dict[str, torch.Tensor]) -> str:
+    """12 hex digits of a SHA-256 over the names, types, shapes and values of weights."""
+    return hashlib.sha256(safetensors.torch.save(state)).hexdigest()[:12]
+
+
+def keep_step(model: nn.Module, path: Path | None, made_of: dict[str, Any]) -> None:
+    """Write a model's weights as a safetensors file, with what they were made of; does nothing without a path."""
+    if path:
+        facts = {name: str(value) for name, value in made_of.items()}
+        write_atomically(path, safetensors.torch.save(copy_weights(model), facts))
+
+
+def take_step(model: nn.Module, path: Path | None, made_of: dict[str, Any]) -> bool:
+    """Give a model the weights that `keep_step` wrote, and say whether they are there.
+
+    Raises:
+        CheckpointError: they were made of something else.
+    """
+    if not path or not path.exists():
+        return False
+    with safetensors.safe_open(path, "pt") as file:
+        facts = file.metadata() or {}
+        for name, value in made_of.items():
+            if facts.get(name) != str(value):
+                was = f"{name} = {facts.get(name)}, and now it is {value}"
+                raise CheckpointError(f"{path} was made with {was}: name another folder, or remove the file")
+        model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    return True
 
 
 def load_start(model: ImageClassifier, config: RunConfig, path: Path | None) -> None:

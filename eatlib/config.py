@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +29,10 @@ EXECUTION_FIELDS = frozenset({"data_dir", "download", "device", "save_weights"})
 
 PENALTY_FIELDS = ("penalty", "penalty_layers", "penalty_normalization", "penalty_share", "sigma", "warmup_epochs")
 """Which penalty it is that lambda weighs: they say nothing where lambda is 0."""
+
+RECIPE_FIELDS = (*PENALTY_FIELDS, "epochs", "schedule", "learning_rate", "learning_rate_decay", "warmup_share")
+RECIPE_FIELDS += ("label_smoothing", "momentum", "nesterov", "weight_decay", "precision", "seed")
+"""How a network is trained, whatever it is: lambda aside, what `eatlib.tradeoff` takes."""
 
 LATER_FIELDS = frozenset({"schedule", "warmup_share", "label_smoothing", "penalty_share", "start", "new_head"})
 """Fields that came when there were results: at their defaults, the hash leaves them out, and these stay valid."""
@@ -315,6 +319,23 @@ def _named(runs: Collection[RunConfig]) -> dict[str, RunConfig]:
         name = "_".join(re.sub(r"[^A-Za-z0-9._=,+-]+", "-", part)[:60].strip("-") for part in parts)
         named[name if name not in named else f"{name}_{run.hash}"] = run
     return named
+
+
+def recipe(lambdas: Sequence[float], settings: dict[str, Any]) -> list[RunConfig]:
+    """The steps of a path of rising lambdas: for each, `settings` of `RECIPE_FIELDS`.
+
+    Those not given are the paper's, but for one epoch a step at a rate that rises to 0.01 and falls to 0, and a sigma
+    of 0.01.
+
+    Raises:
+        ConfigError: a lambda or a setting that is not allowed.
+    """
+    if not len(lambdas) or sorted({0, *lambdas}) != [0, *lambdas]:
+        raise ConfigError(f"lambdas = {list(lambdas)}: must be numbers above 0, each larger than the one before")
+    if unknown := [name for name in settings if name not in (*RECIPE_FIELDS, "threads")]:
+        raise ConfigError(f"unknown setting {unknown[0]!r}: must be one of {', '.join(RECIPE_FIELDS)}")
+    values = {"schedule": "triangular", "epochs": 1, "learning_rate": 0.01, "sigma": 0.01} | settings
+    return [RunConfig.parse(values | {"lambda": lambda_}, "settings") for lambda_ in lambdas]
 
 
 def explain(error: ValidationError, where: str, known: list[str]) -> str:

@@ -3,8 +3,12 @@
 Inputs are normalised inside the network, as in the paper, so that it takes images as they are stored.
 """
 
+import warnings
+from collections import Counter
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 Moments = tuple[float, ...]
 """A number for each channel, of pixels in [0, 1]."""
@@ -154,14 +158,38 @@ def build_model(
     return TorchvisionClassifier(name, classes, mean, std)
 
 
-def with_relus(model: nn.Module) -> nn.Module:
-    """Swap the model's smooth activation functions, such as GELU, for ReLU, and return it.
+NO_ZEROS = (nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.LeakyReLU, nn.PReLU)
+NO_ZERO_FUNCTIONS = (F.gelu, F.silu, F.mish, F.hardswish, F.elu, F.celu, F.selu, F.softplus, F.leaky_relu)
+"""Activation functions that make no zeros, or few: what `with_relus` swaps."""
 
-    It has to be fine-tuned: until then its accuracy can be as low as chance. Functional calls stay as they are.
+
+def with_relus(model: nn.Module) -> nn.Module:
+    """Swap the model's activation functions that make no zeros, such as GELU, SiLU and Hardswish, for ReLU.
+
+    Those of `NO_ZEROS`, modules of a library's own that have one's name (`QuickGELU`, `Swish`), and functions that a
+    module keeps, as `nn.TransformerEncoderLayer(activation="gelu")` does. What a `forward` calls by itself, such as
+    `F.gelu(x)`, stays: that takes a change of its code. Warns, as the network has to be fine-tuned.
+
+    Returns:
+        The same model.
     """
-    for path, module in leaf_modules(model).items():
-        if isinstance(module, (nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.Hardswish)):
-            model.set_submodule(path, nn.ReLU())
+    swapped: Counter[str] = Counter()
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            kind = type(child).__name__
+            named = any(part in kind.lower() for part in ("gelu", "silu", "swish", "mish"))
+            if isinstance(child, NO_ZEROS) or (named and not [*child.children(), *child.parameters()]):
+                parent._modules[name] = nn.ReLU(getattr(child, "inplace", False))
+                swapped[kind] += 1
+        for name, value in vars(parent).items():
+            if any(value is function for function in NO_ZERO_FUNCTIONS):
+                setattr(parent, name, F.relu)
+                swapped[f"F.{value.__name__}"] += 1
+        if isinstance(parent, nn.TransformerEncoderLayer) and parent.activation_relu_or_gelu == 2:
+            parent.activation_relu_or_gelu = 1  # GELU was what its own kernel for evaluation applies
+    if swapped:
+        what = ", ".join(f"{count} {kind}" for kind, count in swapped.items())
+        warnings.warn(f"{what} became ReLU: fine-tune; until then accuracy can be as low as chance", stacklevel=2)
     return model
 
 

@@ -229,7 +229,7 @@ class ActivationPenalty(AbstractContextManager):
             raise ValueError(
                 "layers = 'relu': the model has nothing that makes zeros, such as nn.ReLU or F.relu. GELU, SiLU and "
                 "the like make small values, not zeros, so that their penalty would save no energy: "
-                "eatlib.models.with_relus swaps them, for fine-tuning"
+                "eatlib.models.with_relus swaps modules, for fine-tuning; F.gelu and the like take a change of the code"
             )
         terms = torch.stack([*self._latest.values()])
         return terms.mean() if self._normalization == "layer_mean" else terms.sum()

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from eatlib import results
 from eatlib.checkpoint import TrainingState, load_start, save_weights
 from eatlib.config import RunConfig
 from eatlib.data import Data, Split, count_batches, load_data, training_batches
-from eatlib.energy import ACCOUNTINGS, EnergyMeter, activation_cost
+from eatlib.energy import ACCOUNTINGS, EnergyMeter, EnergyReport, activation_cost
 from eatlib.models import build_model, count_parameters
 from eatlib.penalties import ActivationPenalty
 
@@ -107,10 +108,9 @@ def fit(
         if checkpoint is not None:
             state.resume(checkpoint, config, data.info.digest)
         model, began = state.model, began - state.seconds
-        options = {"bfloat16": config.precision == "bfloat16", "label_smoothing": config.label_smoothing}
         steps = count_batches(len(train), config.batch_size)
         bar = tqdm(initial=steps * len(state.history), total=steps * config.epochs, unit="step", disable=not progress)
-        with bar, _attach_penalty(config, model, train) as penalty:
+        with bar, _attach_penalty(config, model, train.images[: config.energy_batch_size]) as penalty:
             # Dynamic code, for batches of any size, is slower.
             network = torch.compile(model, dynamic=False) if config.compile else model
             joules = joule_meter()
@@ -118,7 +118,7 @@ def fit(
                 epoch_start = time.perf_counter()
                 settings = [setting(config, (epoch - 1) * steps + step, steps) for step in range(steps)]
                 images = _counted(training_batches(train, config.batch_size, config.augmentation, state.generator), bar)
-                means = train_one_epoch(network, images, state.optimizer, penalty, settings, **options)
+                means = train_one_epoch(network, images, state.optimizer, penalty, settings, **_options(config))
                 logits = predict(model, validation)
                 facts = means | {"validation_loss": F.cross_entropy(logits, validation.labels).item()}
                 _require_finite(facts, config, epoch)
@@ -154,6 +154,25 @@ def fit(
         )
 
 
+def fine_tune(
+    config: RunConfig, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], steps: int, bar: tqdm
+) -> None:
+    """Train a model of one's own with a configuration's penalty and optimisation; `batches` has so many `steps`.
+
+    Raises:
+        TrainingError: the loss became infinite or NaN.
+    """
+    device, optimizer = next(model.parameters()).device, _optimizer(config, model)
+    with _execution(config, device):
+        torch.manual_seed(config.seed)
+        with _attach_penalty(config, model, next(iter(batches))[0].to(device)) as penalty:
+            for epoch in range(config.epochs):
+                settings = [setting(config, epoch * steps + step, steps) for step in range(steps)]
+                counted = _counted(batches, bar)
+                means = train_one_epoch(model, counted, optimizer, penalty, settings, **_options(config))
+                _require_finite(means, config, epoch + 1)
+
+
 def _counted(batches: Iterable[tuple[Tensor, Tensor]], bar: tqdm) -> Iterator[tuple[Tensor, Tensor]]:
     for batch in batches:
         yield batch
@@ -168,9 +187,17 @@ def _fresh_state(config: RunConfig, data: Data, device: torch.device, start: Pat
     if config.start is not None:
         load_start(model, config, start)
     model = model.to(device).to(memory_format=memory_format(model))
+    return TrainingState(model, _optimizer(config, model), torch.Generator().manual_seed(config.seed), device)
+
+
+def _optimizer(config: RunConfig, model: nn.Module) -> torch.optim.SGD:
     options = {"momentum": config.momentum, "weight_decay": config.weight_decay, "nesterov": config.nesterov}
-    optimizer = torch.optim.SGD(model.parameters(), config.learning_rate, **options)
-    return TrainingState(model, optimizer, torch.Generator().manual_seed(config.seed), device)
+    return torch.optim.SGD(model.parameters(), config.learning_rate, **options)
+
+
+def _options(config: RunConfig) -> dict[str, Any]:
+    """Of `train_one_epoch`."""
+    return {"bfloat16": config.precision == "bfloat16", "label_smoothing": config.label_smoothing}
 
 
 def _require_finite(facts: dict[str, float], config: RunConfig, epoch: int) -> None:
@@ -233,6 +260,17 @@ def evaluate(
         firing=[results.LayerFiring(name=name, kind=kind, firing=share) for name, kind, share in meter.firing()],
         uncounted={accounting: report.uncounted for accounting, report in reports.items()},
     )
+
+
+def measure(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, dict[str, EnergyReport]]:
+    """Accuracy and, by accounting, energy, from one pass over (inputs, labels); leaves the model in evaluation mode."""
+    device, right, total = next(model.parameters()).device, 0, 0
+    with EnergyMeter(model.eval()) as meter, torch.no_grad():
+        for inputs, labels in batches:
+            right += int((model(inputs.to(device)).argmax(1) == labels.to(device)).sum())
+            total += labels.numel()
+    reports = {accounting: meter.report(accounting) for accounting in ACCOUNTINGS}
+    return right / total, reports
 
 
 def predict(model: nn.Module, split: Split, *, batch_size: int = 512) -> Tensor:
@@ -309,13 +347,12 @@ def _execution(config: RunConfig, device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.deterministic = deterministic
 
 
-def _attach_penalty(config: RunConfig, model: nn.Module, train: Split) -> ActivationPenalty | nullcontext[None]:
-    """The configuration's penalty; none at all with lambda 0, which is standard training bit for bit."""
+def _attach_penalty(config: RunConfig, model: nn.Module, images: Tensor) -> ActivationPenalty | nullcontext[None]:
+    """The configuration's penalty, with the costs of a batch; none with lambda 0, standard training bit for bit."""
     if config.lambda_ == 0:
         return nullcontext()
     costs = None
     if config.penalty_normalization == "energy":
-        images = train.images[: config.energy_batch_size]
         costs = {name: share * len(images) for name, share in activation_cost(model, images, config.hardware).items()}
     options = {"sigma": config.sigma, "layers": config.penalty_layers, "normalization": config.penalty_normalization}
     return ActivationPenalty(model, config.penalty, **options, costs=costs, share=config.penalty_share)

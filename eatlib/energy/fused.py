@@ -13,6 +13,8 @@ It applies batch norm, activations and all else up to the next layer that multip
 - An element-wise operator of two activations (a residual addition, a gate) happens where the later one is computed; the
   other one is read from memory. It has a row of its own.
 - Weights are read once per call of the layer and batch.
+- Attention is what its formula says: two matrix products a head, between which the attention weights, softmax applied,
+  are written and read as any other tensor is.
 """
 
 from collections import Counter
@@ -39,7 +41,8 @@ _EPILOGUES = """
     _batch_norm_with_update _batch_norm_no_update native_layer_norm native_group_norm _fused_rms_norm native_dropout
     max_pool2d_with_indices max_pool3d_with_indices mkldnn_max_pool2d adaptive_max_pool2d adaptive_max_pool3d avg_pool2d
     avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d mean sum amax amin max min var_mean _softmax _log_softmax cat
-    stack copy_ constant_pad_nd repeat roll flip upsample_nearest2d upsample_bilinear2d hardswish hardswish_
+    _safe_softmax linalg_vector_norm stack copy_ constant_pad_nd repeat roll flip upsample_nearest2d upsample_bilinear2d
+    hardswish hardswish_
 """
 
 
@@ -212,6 +215,8 @@ class ForwardPass(TorchDispatchMode):
 
     def _read(self, row: Row, x: Tensor) -> None:
         value = self._value(x)
+        if value is None:  # weights that are expanded over a batch are read once
+            x = x[tuple(slice(0, 1 if step == 0 else None) for step in x.stride())]
         row.charge("inputs" if value else "parameters", x, self._count(x))
         if value:
             self.uses.append((value.layers, x.numel(), row.operations))

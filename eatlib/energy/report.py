@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eatlib.energy.count import Row, tensors
 from eatlib.energy.fused import ForwardPass
@@ -130,6 +131,10 @@ class EnergyMeter:
                 if module is self._model and output is not None:  # None: it raised
                     self._add_pass()
 
+        # Attention in kernels of its own would hide its products: it takes PyTorch's plain way while it is measured.
+        self._hooks.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        self._hooks.enter_context(sdpa_kernel(SDPBackend.MATH))
         for module in paths:
             self._hooks.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
             self._hooks.enter_context(module.register_forward_hook(leave, always_call=True))

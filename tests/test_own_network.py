@@ -1,0 +1,317 @@
+"""A trained network of one's own: its curve of cheaper ones, with the networks that people have."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import VisionTransformer, mobilenet_v2
+
+from eatlib import EnergyMeter, energy_report, tradeoff
+from eatlib.checkpoint import CheckpointError
+from eatlib.curve import Point
+from eatlib.models import with_relus
+from eatlib.training import TrainingError, fine_tune
+
+
+class Functional(nn.Module):
+    """A network whose ReLUs are functional calls, with dropout, and batch norm's statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.second, self.fc = nn.Conv2d(8, 16, 3, padding=1), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.norm(self.first(x))), 2)
+        x = F.dropout(F.relu(self.second(x)), 0.1, self.training)
+        return self.fc(x.mean((2, 3)))
+
+
+def small_vit() -> VisionTransformer:
+    """16 patches and the class token are 17 tokens of 64 numbers; 4 heads of 16."""
+    size = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": 64, "mlp_dim": 128}
+    return VisionTransformer(**size, num_classes=3)
+
+
+class Batches:
+    """Three colours to tell apart; like a loader, it draws the order of its batches from PyTorch's random numbers."""
+
+    def __init__(self, size: int = 8, batches: int = 4) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.labels = torch.arange(16 * batches) % 3
+        self.images = torch.rand(16 * batches, 3, size, size, generator=generator)
+        self.images += F.one_hot(self.labels, 3)[:, :, None, None]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for part in torch.randperm(len(self.labels)).split(16):
+            yield self.images[part], self.labels[part]
+
+
+def trained(model: nn.Module, batches: Batches, epochs: int = 4) -> nn.Module:
+    torch.manual_seed(1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    for _ in range(epochs):
+        for images, labels in batches:
+            optimizer.zero_grad()
+            F.cross_entropy(model.train()(images), labels).backward()
+            optimizer.step()
+    return model
+
+
+def functional() -> tuple[Functional, dict[str, Any]]:
+    """A trained network, and the batches for it."""
+    torch.manual_seed(0)
+    batches = Batches()
+    return trained(Functional(), batches), {"train_batches": batches, "validate": list(batches)}
+
+
+SETTINGS = {"lambdas": [1, 4, 16], "epochs": 2, "learning_rate": 0.05}
+
+
+def same(left: Point, right: Point) -> bool:
+    """To the last bit."""
+    reports = [{name: report.to_dict() for name, report in point.reports.items()} for point in (left, right)]
+    weights = all(torch.equal(left.state[name], right.state[name]) for name in left.state | right.state)
+    return weights and reports[0] == reports[1] and (left.lambda_, left.accuracy) == (right.lambda_, right.accuracy)
+
+
+# --- the curve ----------------------------------------------------------------------------------------------------
+
+
+def test_the_curve_begins_with_the_model_as_it_is_and_falls_in_energy():
+    model, batches = functional()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    reports = {name: energy_report(model, batches["validate"], accounting=name) for name in ("published", "fused")}
+    points = []
+    for point in tradeoff(model, **batches, **SETTINGS):
+        assert all(torch.equal(tensor, point.state[name]) for name, tensor in model.state_dict().items())
+        assert not model.training
+        points.append(point)
+    assert [point.lambda_ for point in points] == [0, 1, 4, 16]
+    assert all(torch.equal(tensor, points[0].state[name]) for name, tensor in before.items())
+    assert {name: report.to_dict() for name, report in points[0].reports.items()} == {
+        name: report.to_dict() for name, report in reports.items()
+    }
+    joules = [point.reports["fused"].joules_per_image for point in points]
+    assert max(joules[1:]) < 0.95 * joules[0]
+    model.load_state_dict(points[2].state)
+    hits = [(model(images).argmax(1) == labels).sum().item() for images, labels in batches["validate"]]
+    assert points[2].accuracy == sum(hits) / 64
+    assert energy_report(model, batches["validate"], accounting="fused").joules_per_image == joules[2]
+
+
+def test_each_step_starts_from_the_one_before_whatever_is_done_to_the_model_meanwhile():
+    (model, batches), points = functional(), []
+    for point in tradeoff(model, **batches, **SETTINGS):
+        points.append(point)
+        nn.init.zeros_(model.fc.weight)
+    (again, _), state = functional(), torch.get_rng_state()
+    assert all(map(same, points, tradeoff(again, **batches, **SETTINGS)))
+    assert torch.equal(torch.get_rng_state(), state)
+    last, _ = functional()
+    last.load_state_dict(points[2].state)
+    *_, point = tradeoff(last, **batches, **SETTINGS | {"lambdas": [16]})
+    assert all(torch.equal(point.state[name], tensor) for name, tensor in points[3].state.items())
+
+
+def test_the_path_ends_when_too_much_accuracy_is_lost():
+    model, batches = functional()
+    batches["train_batches"] = [(images, labels.roll(1)) for images, labels in batches["validate"]]
+    points = list(tradeoff(model, **batches, **SETTINGS | {"epochs": 4}, margin=0.1))
+    assert points[0].accuracy > 0.9
+    assert points[0].accuracy - points[-1].accuracy > 0.1
+    assert all(points[0].accuracy - point.accuracy <= 0.1 for point in points[:-1])
+    assert len(points) < 4
+
+
+def test_an_interrupted_path_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    model, batches = functional()
+    whole = list(tradeoff(model, **batches, **SETTINGS, folder=tmp_path / "a"))
+    model, _ = functional()
+    for point in tradeoff(model, **batches, **SETTINGS, folder=tmp_path / "b"):
+        if point.lambda_ == 4:
+            break
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["lambda1.safetensors", "lambda4.safetensors"]
+    model, _ = functional()
+    steps = []
+    monkeypatch.setattr(
+        "eatlib.curve.fine_tune", lambda config, *rest: steps.append(config.lambda_) or fine_tune(config, *rest)
+    )
+    resumed = list(tradeoff(model, **batches, **SETTINGS, folder=tmp_path / "b"))
+    assert steps == [16]
+    assert all(map(same, whole, resumed))
+    longer = list(tradeoff(functional()[0], **batches, **SETTINGS | {"lambdas": [1, 4, 16, 32]}, folder=tmp_path / "b"))
+    assert steps == [16, 32]
+    assert all(map(same, whole, longer))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 3}, "lambda1.safetensors was made with epochs = 2, and now it is 3: name another folder, or"),
+        ({"sigma": 0.1}, "lambda1.safetensors was made with sigma = 0.01, and now it is 0.1"),
+        ({"lambdas": [0.5, 1]}, r"lambda1.safetensors was made with lambdas = \[1.0\], and now it is \[0.5, 1.0\]"),
+        ({"train_batches": Batches(batches=3)}, "lambda1.safetensors was made with steps = 4, and now it is 3"),
+    ],
+    ids=str,
+)
+def test_a_folder_of_another_path_is_refused(changes, message, tmp_path):
+    model, batches = functional()
+    settings = SETTINGS | batches | {"folder": tmp_path}
+    list(tradeoff(model, **settings | {"lambdas": [1]}))
+    model, _ = functional()
+    with pytest.raises(CheckpointError, match=message):
+        list(tradeoff(model, **settings | changes))
+    with torch.no_grad():
+        model.fc.bias += 1
+    with pytest.raises(CheckpointError, match=r"lambda1.safetensors was made with start = "):
+        list(tradeoff(model, **settings))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lambdas": []}, r"lambdas = \[\]: must be numbers above 0, each larger than the one before"),
+        ({"lambdas": [0, 1]}, r"lambdas = \[0, 1\]: must be"),
+        ({"lambdas": [1, 4, 4]}, r"lambdas = \[1, 4, 4\]: must be"),
+        ({"lambdas": [1, float("nan")]}, "lambda = nan: "),
+        ({"epochs": -1}, "epochs = -1: "),
+        ({"learning_rate": 0}, "learning_rate = 0: "),
+        ({"margin": -0.1}, "margin = -0.1: must be a share"),
+        ({"epoch": 1}, "unknown setting 'epoch': must be one of .*epochs"),
+        ({"batch_size": 1}, "unknown setting 'batch_size'"),
+        ({"penalty_layers": ["relu*"]}, "'relu.*' fits none of first, norm, second, fc"),
+        ({"train_batches": iter([])}, "train_batches, validate: give a DataLoader or a list"),
+        ({"validate": (batch for batch in [])}, "train_batches, validate: give a DataLoader or a list"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_refused_before_any_work(changes, message):
+    (model, batches), worked = functional(), []
+    handle = model.register_forward_pre_hook(lambda *_: worked.append(1))
+    with pytest.raises(ValueError, match=message) as caught:
+        next(tradeoff(model, **batches | SETTINGS | changes))
+    assert "\n" not in str(caught.value)
+    assert not worked
+    handle.remove()
+
+
+def test_a_model_in_which_nothing_makes_zeros_is_refused_and_left_as_it_is():
+    model, batches = (
+        nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 3)),
+        Batches(),
+    )
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"nothing that makes zeros.*with_relus"):
+        next(tradeoff(model.eval(), batches, batches, lambdas=[1]))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_loss_that_is_no_number_ends_the_path(tmp_path):
+    model, batches = functional()
+    with pytest.raises(TrainingError, match=r"loss became .* in epoch 1 of 2, with lambda = 1"):
+        list(tradeoff(model, **batches, **SETTINGS | {"learning_rate": 1e6}, folder=tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+# --- networks as people have them ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "vit"])
+def test_torchvisions_networks_have_a_curve(name):
+    torch.manual_seed(0)
+    if name == "vit":
+        with pytest.warns(UserWarning, match="2 GELU became ReLU"):
+            model = with_relus(small_vit())
+    else:
+        model = mobilenet_v2(num_classes=3, width_mult=0.25)
+    batches = Batches(size=32)
+    model = trained(model, batches, epochs=1)
+    options = {"epochs": 2, "penalty_share": 0.25, "learning_rate": 0.02}
+    points = list(tradeoff(model, list(batches), batches, lambdas=[8], **options))
+    before, after = (point.reports["fused"] for point in points)
+    assert after.joules_per_image < before.joules_per_image
+    assert before.uncounted == after.uncounted == []
+
+
+def test_an_encoders_products_are_counted_attention_too():
+    """5 images of 17 tokens (16 patches of 8x8x3 and the class token), 64 numbers each, 4 heads, an MLP of 128."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = with_relus(small_vit())
+    report = energy_report(model, [torch.rand(5, 3, 32, 32)], accounting="fused")
+    layer = [5 * 17 * 64 * 3 * 64, 5 * 4 * 17 * 17 * 16, 5 * 4 * 17 * 16 * 17, 5 * 17 * 64 * 64, 0]
+    layer += [5 * 17 * 64 * 128, 5 * 17 * 128 * 64, 0]
+    assert list(report.layers["operations"]) == [5 * 16 * 192 * 64, *layer, *layer, 5 * 64 * 3]
+    assert report.uncounted == []
+    at = "encoder.layers.encoder_layer_1"
+    names = [f"{at}.self_attention.{name}" for name in ("mm", "bmm", "bmm#2", "addmm")]
+    names += [f"{at}.{name}" for name in ("add", "mlp.0", "mlp.3", "add#2")]
+    assert list(report.layers["name"])[9:17] == names
+    rows = report.layers.set_index("name")
+    weights = 5 * 4 * 17 * 17  # of attention, softmax applied: written by one product, read by the other
+    assert rows.loc[names[1], "outputs"] == weights
+    assert rows.loc[names[2], "inputs"] == weights + 5 * 17 * 64
+    published = energy_report(model, [torch.rand(5, 3, 32, 32)]).uncounted
+    assert {f"{at}.self_attention: {name}" for name in ("mm", "bmm", "addmm")} <= set(published)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_pytorchs_own_encoder_is_counted_in_every_mode(norm_first):
+    """No kernel of its own hides a product, nor is a weight that is expanded over the batch read more than once."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=norm_first)
+    model, x = nn.TransformerEncoder(layer, 2).eval(), torch.rand(3, 5, 8)
+    switch, found = torch.backends.mha.get_fastpath_enabled(), []
+    for mode, trainable in ((torch.no_grad, True), (torch.inference_mode, True), (torch.no_grad, False)):
+        model.requires_grad_(trainable)
+        with mode(), EnergyMeter(model) as meter:
+            model(x)
+        report = meter.report("fused")
+        found.append(report.layers[["inputs", "outputs", "parameters", "operations"]].sum().to_dict())
+        assert report.uncounted == []
+    assert found[0] == found[1] == found[2]
+    tokens, weights = 3 * 5, 3 * 2 * 5 * 5
+    assert found[0]["operations"] == 2 * (tokens * (8 * 24 + 8 * 8 + 2 * 8 * 16) + 2 * weights * 4)
+    assert torch.backends.mha.get_fastpath_enabled() == switch
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
+# --- activations that make no zeros -------------------------------------------------------------------------------
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+def test_activations_are_swapped_wherever_they_are():
+    shared = nn.SiLU(inplace=True)
+    model = nn.Sequential(nn.Linear(4, 4), shared, nn.Sequential(nn.Linear(4, 4), shared), QuickGELU(), nn.Sigmoid())
+    model.extend([nn.Hardswish(), nn.Mish(), nn.GELU("tanh"), nn.LeakyReLU(), nn.Tanh(), nn.Hardsigmoid()])
+    with pytest.warns(
+        UserWarning, match="2 SiLU, 1 QuickGELU, 1 Hardswish, 1 Mish, 1 GELU, 1 LeakyReLU became ReLU: fine"
+    ):
+        assert with_relus(model) is model
+    kinds = [type(module).__name__ for module in model.modules() if not [*module.children()]]
+    assert kinds == ["Linear", "ReLU", "Linear", "ReLU", "ReLU", "Sigmoid", *["ReLU"] * 4, "Tanh", "Hardsigmoid"]
+    assert model[1].inplace
+    assert not model[7].inplace
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with_relus(model)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("activation", ["gelu", nn.GELU()], ids=str)
+def test_an_encoder_layer_computes_with_relu_in_evaluation_too(activation):
+    torch.manual_seed(0)
+    layer = with_relus(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, activation=activation))
+    x, plain = torch.randn(2, 3, 8), nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    plain.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(layer.eval()(x), plain(x))
