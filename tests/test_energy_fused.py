@@ -182,6 +182,12 @@ def test_pruned_weights_and_dead_channels_lower_the_energy(accounting: str) -> N
     assert after.ratio < before.ratio
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.bool])
+def test_integers_that_are_not_zero_are_counted(dtype: torch.dtype) -> None:
+    values = {torch.int8: [-128, 0, 127, 1], torch.uint8: [255, 0, 128, 1]}.get(dtype, [1, 0, 1, 1])
+    assert count_nonzero(torch.tensor(values, dtype=dtype)) == 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_count_nonzero_at_the_threshold(dtype: torch.dtype) -> None:
     values = torch.tensor(

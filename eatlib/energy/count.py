@@ -17,8 +17,9 @@ def count_nonzero(x: Tensor) -> int | Tensor:
     Returns:
         An int; on an accelerator, which an int would have to wait for, a float64 tensor that holds one.
     """
-    if not x.is_cpu or x.dtype == torch.bfloat16:
-        zeros = torch.count_nonzero((x.byte() if x.dtype == torch.bool else x).abs() <= ZERO)
+    whole = not (x.is_floating_point() or x.is_complex())  # whose magnitude may be too large: int8 has no 128
+    if whole or not x.is_cpu or x.dtype == torch.bfloat16:
+        zeros = torch.count_nonzero(x == 0 if whole else x.abs() <= ZERO)
         return x.numel() - (int(zeros) if x.is_cpu else zeros.double())
     elements = x.detach().numpy().ravel(order="K")  # as they lie in memory: no copy, unless there are gaps
     parts = (elements[start : start + _PART] for start in range(0, elements.size, _PART))

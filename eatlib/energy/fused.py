@@ -34,7 +34,8 @@ from eatlib.hardware import Accounting, EnergyError
 
 _FACTORS = {"convolution": (0, 1), "mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
 """Operators that multiply, and which of their first three arguments they do; the third, a bias, is added."""
-_MOVES = ("_to_copy", "clone", "_unsafe_view", "_reshape_copy", "as_strided_")  # besides views
+_MOVES = ["_to_copy", "clone", "_unsafe_view", "_reshape_copy", "as_strided_"]  # besides views
+_MOVES += ["dequantize_per_tensor", "dequantize_per_channel", "_assert_tensor_metadata"]  # of an exported int8 network
 # Applied to a layer's output before it is written, as all that is element-wise is.
 _EPILOGUES = """
     native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm miopen_batch_norm
@@ -42,7 +43,7 @@ _EPILOGUES = """
     max_pool2d_with_indices max_pool3d_with_indices mkldnn_max_pool2d adaptive_max_pool2d adaptive_max_pool3d avg_pool2d
     avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d mean sum amax amin max min var_mean _softmax _log_softmax cat
     _safe_softmax linalg_vector_norm stack copy_ constant_pad_nd repeat roll flip upsample_nearest2d upsample_bilinear2d
-    hardswish hardswish_
+    hardswish hardswish_ threshold threshold_ quantize_per_tensor
 """
 
 

@@ -198,7 +198,7 @@ def measure(meter: EnergyMeter, batches: Iterable[Any]) -> EnergyMeter:
         raise EnergyError(f"batches is one tensor {tuple(batches.shape)}: give a list of batches, [images]")
     modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()
+        model.eval()  # that of an exported model returns nothing
         with meter, torch.no_grad():
             for batch in batches:
                 images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
