@@ -56,6 +56,18 @@ def mean_std(table: pd.DataFrame, column: str, form: str = "{:.3f}", absent: str
     return [" ± ".join(form.format(value) for value in pair if pd.notna(value)) or absent for pair in pairs]
 
 
+def hypervolume(curve: pd.DataFrame, energy: str, most: float, least: float) -> float:
+    """The area, of energy and test accuracy, in which some point has both less energy and more accuracy.
+
+    Args:
+        curve: a row a point, with columns `energy` and "test_accuracy".
+        most, least: how far up in energy, and down in accuracy, the area reaches.
+    """
+    curve = curve[curve[energy] < most].sort_values(energy)
+    widths = curve[energy].shift(-1, fill_value=most) - curve[energy]
+    return float((widths * (curve["test_accuracy"].cummax() - least).clip(lower=0)).sum())
+
+
 def markdown(text: pd.DataFrame) -> str:
     """A table of strings as Markdown."""
     rows = [text.columns, ["---"] * len(text.columns), *text.itertuples(index=False)]
