@@ -1,0 +1,132 @@
+"""What a study's trained networks do after treatments that train nothing: thresholds, pruning, int8, and all three.
+
+    python studies/derive.py results/rivals
+
+Each network whose weights the study keeps (`save_weights`), and each treatment, is a line of derived.jsonl in the
+folder. What has a line is not done again, so that an interrupted call can be repeated.
+"""
+
+import copy
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.optim.swa_utils import update_bn
+from tqdm import tqdm
+
+from eatlib import load, load_data
+from eatlib.data import Data, Split
+from eatlib.energy import ACCOUNTINGS, EnergyError, EnergyMeter
+from eatlib.models import count_parameters
+from eatlib.results import Energy, StudyResults, provenance, write_atomically
+from eatlib.thresholds import find_thresholds, thresholded
+from eatlib.training import predict
+
+LOSSES = (0.005, 0.01, 0.02, 0.05)
+"""Of validation accuracy, by which thresholds are chosen."""
+TREATMENTS: list[dict[str, Any]] = [{"thresholds": loss} for loss in LOSSES]
+TREATMENTS += [{"pruned": 0.3}, {"pruned": 0.5}, {"pruned": 0.7}, {"int8": True}]
+TREATMENTS += [{"pruned": 0.5, "thresholds": 0.01, "int8": True}]
+"""`pruned` is the share of all weights, `thresholds` the loss that they may cost; int8 comes last."""
+CALIBRATION = 2048  # training images for batch norm's statistics and for the ranges of int8
+
+
+def prune_weights(model: nn.Module, share: float, images: Tensor) -> None:
+    """Make the smallest weights of all convolutions and linear layers zero, then take batch norm's statistics anew."""
+    weights = [(module, "weight") for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    prune.global_unstructured(weights, prune.L1Unstructured, amount=share)
+    for module, name in weights:
+        prune.remove(module, name)
+    update_bn(images.split(256), model)
+
+
+def to_int8(model: nn.Module, images: Tensor) -> nn.Module:
+    """The network with 8-bit weights and activations, by torchao's static quantisation for x86 after an export.
+
+    Batch norm is folded into the convolutions. The graph computes with what the integers stand for, so that the zero
+    point is zero; it has operators but no modules, which the `published` accounting would charge.
+    """
+    from torchao.quantization.pt2e import allow_exported_model_train_eval
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    batch = torch.export.Dim("batch")
+    exported = torch.export.export(model.eval(), (images[:2],), dynamic_shapes=({0: batch},)).module()
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    prepared = prepare_pt2e(exported, quantizer)
+    with torch.no_grad():
+        for part in images.split(256):
+            prepared(part)
+    converted = convert_pt2e(prepared)
+    allow_exported_model_train_eval(converted)
+    return converted
+
+
+def measure(model: nn.Module, split: Split, batch_size: int) -> dict[str, Any]:
+    """Accuracy, and energy in each accounting that sees a layer in the model."""
+    with EnergyMeter(model) as meter:
+        logits = predict(model, split, batch_size=batch_size)
+    energy = {}
+    for accounting in ACCOUNTINGS:
+        with suppress(EnergyError):
+            energy[accounting] = Energy.of(meter.report(accounting)).model_dump()
+    return {"accuracy": (logits.argmax(1) == split.labels).double().mean().item(), "energy": energy}
+
+
+def treat(
+    model: nn.Module, treatment: dict[str, Any], data: Data, chosen: Callable[[], dict[float, list[float]]], size: int
+) -> dict[str, Any]:
+    """Measure a copy of the model on the test images after a treatment; `chosen` are the model's own thresholds."""
+    model, images = copy.deepcopy(model), data.train.images[:CALIBRATION]
+    with ExitStack() as stack:
+        if "pruned" in treatment:
+            prune_weights(model, treatment["pruned"], images)
+        if loss := treatment.get("thresholds"):
+            own = find_thresholds(model, data.validation, [loss]) if "pruned" in treatment else chosen()
+            stack.enter_context(thresholded(model, own[loss]))
+        if "int8" in treatment:  # with the thresholds, which the export sees
+            model = to_int8(model, images)
+        return measure(model, data.test, size)
+
+
+def main(folder: Path) -> None:
+    """Add to derived.jsonl what is missing there."""
+    logging.disable(logging.WARNING)  # torch.export tells about its own future
+    found, path, lines = StudyResults.load(folder), folder / "derived.jsonl", {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        record = json.loads(line)
+        lines[record["hash"], json.dumps(record["treatment"])] = line
+    kept = {name: run for name, run in found.runs.items() if run.config.save_weights}
+    if missing := [name for name in kept if not (folder / f"{name}.safetensors").exists()]:
+        print(f"no weights, left out: {', '.join(missing)}", file=sys.stderr)
+    todo = [(name, t) for name in kept if name not in missing for t in TREATMENTS]
+    todo = [(name, t) for name, t in todo if (kept[name].config_hash, json.dumps(t)) not in lines]
+    loaded: dict[str, Data] = {}
+    network = ""
+    for name, treatment in tqdm(todo, unit="treatment"):
+        began, config = time.perf_counter(), kept[name].config
+        if config.dataset not in loaded:
+            loaded = {config.dataset: load_data(config)}
+        data = loaded[config.dataset]
+        if name != network:
+            network, model = name, load(folder / f"{name}.json")[0]
+            chosen = cache(lambda model=model, data=data: find_thresholds(model, data.validation, LOSSES))
+        test = treat(model, treatment, data, chosen, config.energy_batch_size)
+        facts = {"wall_seconds": time.perf_counter() - began, "parameters": count_parameters(model)}
+        record = {"run": name, "hash": config.hash, "treatment": treatment, "test": test}
+        record["provenance"] = provenance("cpu", **facts).model_dump()
+        lines[config.hash, json.dumps(treatment)] = json.dumps(record)
+        write_atomically(path, "".join(f"{line}\n" for line in lines.values()))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
