@@ -12,7 +12,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def test_there_are_notebooks():
-    assert [path.name[:2] for path in NOTEBOOKS] == ["0_", "1_", "2_", "3_"]
+    assert [path.name[:2] for path in NOTEBOOKS] == ["0_", "1_", "2_", "3_", "4_"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
