@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eatlib.config import EXECUTION_FIELDS, LATER_FIELDS, ConfigError, RunConfig, Study
+from eatlib.results import ROOT
 
 
 def test_defaults_are_the_paper_protocol():
@@ -228,3 +229,24 @@ def test_fields_that_came_later_leave_older_hashes_as_they_were():
 def test_a_bad_study_file_is_refused(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
         study(tmp_path, text)
+
+
+def test_all_penalties_start_from_the_standard_training_of_their_seed():
+    runs = {run.hash: run for run in Study.load(ROOT / "studies" / "rivals.yaml").runs().values()}
+    starts, ends = {}, {}
+    for run in runs.values():
+        first = run
+        while first.start:
+            first = runs[first.start]
+        if run.lambda_ > 0:
+            cell = run.dataset, run.model, run.seed
+            starts.setdefault(cell, set()).add(first.hash)
+            kind = run.penalty, run.sigma, run.penalty_normalization
+            ends.setdefault((*cell, kind), []).append(run.epochs)
+            assert (first.lambda_, first.seed, first.width, first.save_weights) == (0, run.seed, 0.25, True)
+    assert len(starts) == 2 * 2 * 3
+    assert all(len(hashes) == 1 for hashes in starts.values())
+    assert {(dataset, len(steps), *set(steps)) for (dataset, *_), steps in ends.items()} == {
+        ("cifar10", 3, 2),
+        ("gtsrb", 3, 1),
+    }

@@ -182,8 +182,8 @@ def test_an_int8_network_is_counted_by_its_zero_points():
     report = energy_report(network, [x], accounting="fused")
     layers = report.layers
     assert report.uncounted == []
-    assert layers["nonzero_inputs"].tolist() == integers.counts
-    assert layers["nonzero_outputs"].tolist()[:2] == integers.counts[1:]
+    assert layers["nonzero_inputs"].tolist() == integers.counts[:3]  # flattened, the last becomes integers once more
+    assert layers["nonzero_outputs"].tolist()[:2] == integers.counts[1:3]
     assert layers["inputs"].tolist() == [x.numel(), 16 * 8 * 36, 16 * 8 * 16]
     assert layers["nonzero_parameters"][0] <= 7 * 27 + 8  # the dead channel's weights are zeros as integers, too
     float_report = energy_report(model, [x], accounting="fused")

@@ -115,6 +115,14 @@ def test_means_spread_and_decrease_by_hand(tradeoff):
     )
 
 
+def test_smaller_networks_are_left_out(tradeoff):
+    smaller = {"accuracy": 0.2, "ratio": 0.2, "lambda": 0, "width": 0.03125}
+    notebook = tradeoff(extra=[smaller | {"seed": seed} for seed in (0, 1)])
+    assert row_of(notebook)["st_accuracy"] == pytest.approx(0.91)
+    assert "All of the study's 10 runs have a result." in notebook["said"]
+    assert "Left out: 2 runs of smaller networks." in notebook["said"]
+
+
 def test_the_spread_is_over_the_seeds_that_both_trainings_have(tradeoff):
     row = row_of(tradeoff(RUNS | {0: [*RUNS[0], (0.91, 0.70)]}))
     by_seed = [1 - 0.60 / 0.80, 1 - 0.62 / 0.78]
