@@ -33,27 +33,6 @@ def make_study(folder, runs):
     return {run.hash: name for name, run in study.runs().items()}
 
 
-def test_all_penalties_start_from_the_standard_training_of_their_seed():
-    runs = {run.hash: run for run in Study.load(ROOT / "studies" / "rivals.yaml").runs().values()}
-    starts, ends = {}, {}
-    for run in runs.values():
-        first = run
-        while first.start:
-            first = runs[first.start]
-        if run.lambda_ > 0:
-            cell = run.dataset, run.model, run.seed
-            starts.setdefault(cell, set()).add(first.hash)
-            kind = run.penalty, run.sigma, run.penalty_normalization
-            ends.setdefault((*cell, kind), []).append(run.epochs)
-            assert (first.lambda_, first.seed, first.width, first.save_weights) == (0, run.seed, 0.25, True)
-    assert len(starts) == 2 * 2 * 3
-    assert all(len(hashes) == 1 for hashes in starts.values())
-    assert {(dataset, len(steps), *set(steps)) for (dataset, *_), steps in ends.items()} == {
-        ("cifar10", 3, 2),
-        ("gtsrb", 3, 1),
-    }
-
-
 # --- without training -----------------------------------------------------------------------------------------------
 
 
