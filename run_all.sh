@@ -51,6 +51,7 @@ fi
 works() {
   "$1" -c 'import sys; from importlib.util import find_spec
 needed = "torch torchvision papermill nbval pytest hypothesis seaborn pydantic snakemake nbconvert ipywidgets sklearn altair"
+needed += " onnxruntime onnxscript torchao"
 sys.exit(sys.version_info < (3, 11) or any(find_spec(name) is None for name in needed.split()))' 2>/dev/null
 }
 

@@ -15,7 +15,7 @@ from eatlib.checkpoint import copy_weights, keep_step, take_step, weights_digest
 from eatlib.config import RECIPE_FIELDS, recipe
 from eatlib.energy import EnergyReport
 from eatlib.penalties import ActivationPenalty
-from eatlib.training import fine_tune, measure
+from eatlib.training import assess, fine_tune
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def tradeoff(
         penalty()  # raises if nothing makes zeros
         steps = length_hint(train_batches) or sum(1 for _ in train_batches)
     made_of = {"start": weights_digest(state := copy_weights(model)), "steps": steps}
-    yield (first := Point(0.0, state, *measure(model, validate)))
+    yield (first := Point(0.0, state, *assess(model, validate)))
     with tqdm(total=len(configs) * configs[0].epochs * steps, unit="step") as bar:
         for number, config in enumerate(configs, 1):
             made_of |= {"lambdas": [other.lambda_ for other in configs[:number]]}
@@ -75,6 +75,6 @@ def tradeoff(
                 fine_tune(config, model, train_batches, steps, bar)
                 keep_step(model, file, made_of)
             bar.update(number * config.epochs * steps - bar.n)
-            yield (point := Point(config.lambda_, state := copy_weights(model), *measure(model, validate)))
+            yield (point := Point(config.lambda_, state := copy_weights(model), *assess(model, validate)))
             if first.accuracy - point.accuracy > margin:
                 return

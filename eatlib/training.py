@@ -262,7 +262,7 @@ def evaluate(
     )
 
 
-def measure(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, dict[str, EnergyReport]]:
+def assess(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, dict[str, EnergyReport]]:
     """Accuracy and, by accounting, energy, from one pass over (inputs, labels); leaves the model in evaluation mode."""
     device, right, total = next(model.parameters()).device, 0, 0
     with EnergyMeter(model.eval()) as meter, torch.no_grad():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from eatlib.energy.count import Row, finish
 from eatlib.energy.fused import ForwardPass
-from eatlib.energy.report import EnergyMeter, measure
+from eatlib.energy.report import EnergyMeter, meter_batches
 from eatlib.hardware import EnergyError
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def densities(model: nn.Module, batches: Iterable[Any]) -> "pd.DataFrame":
 
     meter = EnergyMeter(model)
     meter._pass = seen = _Shapes()
-    layers = measure(meter, batches).report("fused").layers.set_index("name")
+    layers = meter_batches(meter, batches).report("fused").layers.set_index("name")
     finish([*seen.weights.values()])
     weights = pd.DataFrame([*seen.weights.values()]).set_index("name")
     table = pd.DataFrame([*seen.shapes.values()], [*seen.shapes], DIMENSIONS + COEFFICIENTS).astype("Int64")

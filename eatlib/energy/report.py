@@ -188,10 +188,10 @@ def energy_report(
     Raises:
         EnergyError: as `EnergyMeter`; unknown accounting; no batches, or batches of another kind.
     """
-    return measure(EnergyMeter(model, **options), batches).report(accounting)
+    return meter_batches(EnergyMeter(model, **options), batches).report(accounting)
 
 
-def measure(meter: EnergyMeter, batches: Iterable[Any]) -> EnergyMeter:
+def meter_batches(meter: EnergyMeter, batches: Iterable[Any]) -> EnergyMeter:
     """Send the batches of `energy_report` through the meter's model in evaluation mode, and return the meter."""
     model = meter._model
     if isinstance(batches, Tensor):
@@ -225,7 +225,7 @@ def activation_cost(model: nn.Module, images: Tensor, hardware: str | Hardware) 
     Returns:
         By leaf module call, as in `EnergyMeter.firing`: joules per non-zero element / dense joules of the batch.
     """
-    meter = measure(EnergyMeter(model, hardware=hardware), [images])
+    meter = meter_batches(EnergyMeter(model, hardware=hardware), [images])
     cost: Counter[str] = Counter()
     for layers, accesses, macs in meter._pass.uses:
         cost.update(dict.fromkeys(layers, meter.hardware.joules(accesses, macs)))
@@ -239,7 +239,7 @@ def silent_ratio(network: nn.Module, image_size: int, batch_size: int, hardware:
     Convolution and batch-norm outputs are taken as dense: a network in which they are not can be below.
     """
     images = torch.zeros(1, 3, image_size, image_size)
-    meter = measure(EnergyMeter(network, hardware=hardware), [images])
+    meter = meter_batches(EnergyMeter(network, hardware=hardware), [images])
     rows, joules = meter._pass.rows["published"], meter.hardware.joules
     whole, first = sum(rows, Row("all", "")), next(row for row in rows if row.kind == "Conv2d")
     read = sum(row.inputs for row in rows if row.kind == "BatchNorm2d" or row is first)
