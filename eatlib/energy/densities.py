@@ -67,7 +67,8 @@ def densities(model: nn.Module, batches: Iterable[Any]) -> "pd.DataFrame":
     whose factors both are `inputs`. What `fused` lists as not counted is not in the table.
 
     The counts are sums over all batches, by the `fused` accounting: `inputs` without padding, `weights` without biases,
-    `outputs` as they are written, after normalisation, activation and pooling. A density is their quotient.
+    `outputs` as they are written, after normalisation, activation and pooling, `macs` with padding. A density is a
+    quotient.
 
     Args:
         batches: as for `energy_report`.
@@ -84,6 +85,7 @@ def densities(model: nn.Module, batches: Iterable[Any]) -> "pd.DataFrame":
     weights = pd.DataFrame([*seen.weights.values()]).set_index("name")
     table = pd.DataFrame([*seen.shapes.values()], [*seen.shapes], DIMENSIONS + COEFFICIENTS).astype("Int64")
     table.insert(0, "kind", layers["kind"])
+    table["macs"] = layers["operations"]
     for what, counts in (("inputs", layers), ("weights", weights), ("outputs", layers)):
         column = "parameters" if what == "weights" else what
         table[what], table[f"nonzero_{what}"] = counts[column], counts[f"nonzero_{column}"]
@@ -93,6 +95,8 @@ def densities(model: nn.Module, batches: Iterable[Any]) -> "pd.DataFrame":
 
 def write_problems(table: "pd.DataFrame", folder: str | Path, distribution: str = "hypergeometric") -> list[Path]:
     """Write each layer of `densities` that has a shape as a problem file for Timeloop: `<row>-<name>.yaml`.
+
+    Where pooling follows, what is written is no density of the layer's own outputs, and their density is left out.
 
     Args:
         distribution: where a tensor's non-zeros lie: "hypergeometric", at random; "fixed_structured", evenly.
@@ -108,6 +112,8 @@ def write_problems(table: "pd.DataFrame", folder: str | Path, distribution: str 
     Path(folder).mkdir(parents=True, exist_ok=True)
     for index, row in table.dropna(subset="N").iterrows():
         shares = row.filter(like="_density").dropna()  # what is not written has none
+        if row["macs"] != row["outputs"] * row["C"] * row["R"] * row["S"]:  # it is pooled first
+            shares = shares.drop("outputs_density", errors="ignore")
         known = {name.removesuffix("_density").capitalize(): float(share) for name, share in shares.items()}
         given = {name: {"distribution": distribution, "density": share} for name, share in known.items()}
         instance = {name: int(row[name]) for name in DIMENSIONS + COEFFICIENTS} | {"densities": given}
