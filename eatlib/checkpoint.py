@@ -4,9 +4,9 @@ import hashlib
 import io
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -103,29 +103,14 @@ def weights_digest(state: dict[str, torch.Tensor]) -> str:
     return hashlib.sha256(safetensors.torch.save(state)).hexdigest()[:12]
 
 
-def keep_step(model: nn.Module, path: Path | None, made_of: dict[str, Any]) -> None:
-    """Write a model's weights as a safetensors file, with what they were made of; does nothing without a path."""
+def train_once(model: nn.Module, path: Path | None, train: Callable[[], None]) -> None:
+    """Train a model and keep its weights at `path`; if they are there already, the model gets them instead."""
+    if path and path.exists():
+        model.load_state_dict(safetensors.torch.load_file(path))
+        return
+    train()
     if path:
-        facts = {name: str(value) for name, value in made_of.items()}
-        write_atomically(path, safetensors.torch.save(copy_weights(model), facts))
-
-
-def take_step(model: nn.Module, path: Path | None, made_of: dict[str, Any]) -> bool:
-    """Give a model the weights that `keep_step` wrote, and say whether they are there.
-
-    Raises:
-        CheckpointError: they were made of something else.
-    """
-    if not path or not path.exists():
-        return False
-    with safetensors.safe_open(path, "pt") as file:
-        facts = file.metadata() or {}
-        for name, value in made_of.items():
-            if facts.get(name) != str(value):
-                was = f"{name} = {facts.get(name)}, and now it is {value}"
-                raise CheckpointError(f"{path} was made with {was}: name another folder, or remove the file")
-        model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    return True
+        write_atomically(path, safetensors.torch.save(copy_weights(model)))
 
 
 def load_start(model: ImageClassifier, config: RunConfig, path: Path | None) -> None:

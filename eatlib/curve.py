@@ -1,26 +1,25 @@
 """From a trained model to cheaper ones: the studies' path of rising lambda, for a model of one's own."""
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from functools import partial
 from operator import length_hint
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from eatlib.checkpoint import copy_weights, keep_step, take_step, weights_digest
-from eatlib.config import RECIPE_FIELDS, recipe
+from eatlib.checkpoint import copy_weights, train_once, weights_digest
+from eatlib.config import recipe
 from eatlib.energy import EnergyReport
-from eatlib.penalties import ActivationPenalty
-from eatlib.training import assess, fine_tune
+from eatlib.training import assess, attach_penalty, fine_tune
 
 
-@dataclass(frozen=True)
-class Point:
-    """A model on the curve: its weights, on the CPU, its validation accuracy, and its energy, by accounting."""
+class Point(NamedTuple):
+    """A model on the curve: its weights, on the CPU, its accuracy on validation data, and its energy by accounting."""
 
     lambda_: float
     state: dict[str, Tensor]
@@ -31,50 +30,51 @@ class Point:
 def tradeoff(
     model: nn.Module,
     train_batches: Iterable[tuple[Tensor, Tensor]],
-    validate: Iterable[tuple[Tensor, Tensor]],
+    validation_batches: Iterable[tuple[Tensor, Tensor]],
     *,
     lambdas: Sequence[float],
     margin: float = 1.0,
     folder: str | Path | None = None,
     **settings: Any,
 ) -> Iterator[Point]:
-    """Fine-tune a trained classifier at one rising lambda after another, each from the weights of the one before.
+    """Fine-tune a copy of a trained classifier at one rising lambda after another, each from the one before.
 
-    Yields the model as it is, lambda 0, then each lambda's point, whose weights the model has at that time.
+    Yields the model as it is, lambda 0, then each lambda's point. The model stays as it is.
 
     Args:
         model: gives logits (N, classes), and has ReLUs; `eatlib.models.with_relus` can make some.
-        train_batches, validate: (inputs, labels), as often as asked for: a DataLoader, or a list.
+        train_batches, validation_batches: (inputs, labels), as often as asked for: a DataLoader, or a list.
         margin: the path ends with the first point whose accuracy has fallen by more than this share.
-        folder: keeps each step's weights, so that an interrupted path goes on with the first step that is missing.
+        folder: keeps each step's weights, so that an interrupted path goes on with the first step that is missing. A
+            file is named by a hash of what it was made of, so that one folder serves any number of paths.
         settings: of each step, `RECIPE_FIELDS` of `RunConfig`; defaults: `eatlib.config.recipe`.
 
     Raises:
-        ValueError: an argument is not allowed, or nothing in the model makes zeros; before any work.
-        CheckpointError: a step in the folder was made with something else.
+        ValueError: an argument is not allowed, or no ReLU that the training could reach; before any work.
     """
-    if any(hasattr(batches, "__next__") for batches in (train_batches, validate)):
-        raise ValueError("train_batches, validate: give a DataLoader or a list, as an iterator can be read only once")
+    configs = recipe(lambdas, {"threads": torch.get_num_threads()} | settings)
     if not 0 <= margin <= 1:
         raise ValueError(f"margin = {margin!r}: must be a share of the images, from 0 to 1")
-    configs = recipe(lambdas, settings | {"threads": torch.get_num_threads()})
-    tried = deepcopy(model).train()
-    with torch.random.fork_rng([]), ActivationPenalty(tried, layers=configs[0].penalty_layers) as penalty:
-        tried(next(iter(train_batches))[0].to(next(tried.parameters()).device))
-        penalty()  # raises if nothing makes zeros
+    tried, device, state = deepcopy(model), next(model.parameters()).device, copy_weights(model)
+    with torch.random.fork_rng([]):
+        for name, batches in {"validation_batches": validation_batches, "train_batches": train_batches}.items():
+            first = None if hasattr(batches, "__next__") else next(iter(batches), None)
+            if not isinstance(first, (tuple, list)) or [isinstance(part, Tensor) for part in first] != [True, True]:
+                raise ValueError(f"{name}: must be a DataLoader or a list, no iterator, of (inputs, labels)")
+        with attach_penalty(configs[0], tried.train(), first[0].to(device)) as penalty:
+            tried(first[0].to(device))
+            if not penalty().requires_grad:
+                raise ValueError("the model's ReLUs do not depend on a parameter with requires_grad: nothing to train")
         steps = length_hint(train_batches) or sum(1 for _ in train_batches)
-    made_of = {"start": weights_digest(state := copy_weights(model)), "steps": steps}
-    yield (first := Point(0.0, state, *assess(model, validate)))
+    made_of = f"{weights_digest(state)} {steps} {first[0].shape}"
+    tried.load_state_dict(state)
+    yield (first := Point(0.0, state, *assess(tried, validation_batches)))
     with tqdm(total=len(configs) * configs[0].epochs * steps, unit="step") as bar:
         for number, config in enumerate(configs, 1):
-            made_of |= {"lambdas": [other.lambda_ for other in configs[:number]]}
-            made_of |= {name: getattr(config, name) for name in RECIPE_FIELDS}
-            file = Path(folder, f"lambda{config.lambda_:g}.safetensors") if folder else None
-            model.load_state_dict(state)  # whatever became of the model meanwhile
-            if not take_step(model, file, made_of):
-                fine_tune(config, model, train_batches, steps, bar)
-                keep_step(model, file, made_of)
+            made_of = hashlib.sha256(f"{made_of} {config.hash}".encode()).hexdigest()[:12]
+            file = Path(folder, f"lambda{config.lambda_:g}-{made_of}.safetensors") if folder else None
+            train_once(tried, file, partial(fine_tune, config, tried, train_batches, steps, bar))
             bar.update(number * config.epochs * steps - bar.n)
-            yield (point := Point(config.lambda_, state := copy_weights(model), *assess(model, validate)))
+            yield (point := Point(config.lambda_, copy_weights(tried), *assess(tried, validation_batches)))
             if first.accuracy - point.accuracy > margin:
                 return

@@ -224,15 +224,16 @@ class ActivationPenalty(AbstractContextManager):
         """
         if not self._over:
             raise RuntimeError("no activations to penalise: call the model in training mode before each penalty()")
-        self._over, self._latest, self._terms = False, self._terms, {}
-        if not self._latest:
+        self._over, terms, self._terms = False, self._terms, {}
+        self._latest = {label: term.detach() for label, term in terms.items()}
+        if not terms:
             raise ValueError(
                 "layers = 'relu': the model has nothing that makes zeros, such as nn.ReLU or F.relu. GELU, SiLU and "
                 "the like make small values, not zeros, so that their penalty would save no energy: "
                 "eatlib.models.with_relus swaps modules, for fine-tuning; F.gelu and the like take a change of the code"
             )
-        terms = torch.stack([*self._latest.values()])
-        return terms.mean() if self._normalization == "layer_mean" else terms.sum()
+        stacked = torch.stack([*terms.values()])
+        return stacked.mean() if self._normalization == "layer_mean" else stacked.sum()
 
     def values(self) -> dict[str, float]:
         """The latest penalty's term of each layer call; it is the mean (`layer_mean`) or the sum of these."""

@@ -110,7 +110,7 @@ def fit(
         model, began = state.model, began - state.seconds
         steps = count_batches(len(train), config.batch_size)
         bar = tqdm(initial=steps * len(state.history), total=steps * config.epochs, unit="step", disable=not progress)
-        with bar, _attach_penalty(config, model, train.images[: config.energy_batch_size]) as penalty:
+        with bar, attach_penalty(config, model, train.images[: config.energy_batch_size]) as penalty:
             # Dynamic code, for batches of any size, is slower.
             network = torch.compile(model, dynamic=False) if config.compile else model
             joules = joule_meter()
@@ -165,7 +165,8 @@ def fine_tune(
     device, optimizer = next(model.parameters()).device, _optimizer(config, model)
     with _execution(config, device):
         torch.manual_seed(config.seed)
-        with _attach_penalty(config, model, next(iter(batches))[0].to(device)) as penalty:
+        first = next(iter(batches))[0].to(device) if config.penalty_normalization == "energy" else None
+        with attach_penalty(config, model, first) as penalty:
             for epoch in range(config.epochs):
                 settings = [setting(config, epoch * steps + step, steps) for step in range(steps)]
                 counted = _counted(batches, bar)
@@ -206,7 +207,7 @@ def _require_finite(facts: dict[str, float], config: RunConfig, epoch: int) -> N
             raise TrainingError(
                 f"the {name.replace('_', ' ')} became {value} in epoch {epoch} of {config.epochs}, with lambda = "
                 f"{config.lambda_:g}, sigma = {config.sigma:g}, learning_rate = {config.learning_rate:g}: no result. "
-                "A smaller lambda or learning_rate, a larger sigma, or warmup_epochs may help"
+                "A smaller lambda or learning_rate, a larger sigma, or a longer warm-up may help"
             )
 
 
@@ -263,7 +264,7 @@ def evaluate(
 
 
 def assess(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, dict[str, EnergyReport]]:
-    """Accuracy and, by accounting, energy, from one pass over (inputs, labels); leaves the model in evaluation mode."""
+    """The accuracy, from 0 to 1, and energy by accounting; leaves the model in evaluation mode."""
     device, right, total = next(model.parameters()).device, 0, 0
     with EnergyMeter(model.eval()) as meter, torch.no_grad():
         for inputs, labels in batches:
@@ -347,8 +348,8 @@ def _execution(config: RunConfig, device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.deterministic = deterministic
 
 
-def _attach_penalty(config: RunConfig, model: nn.Module, images: Tensor) -> ActivationPenalty | nullcontext[None]:
-    """The configuration's penalty, with the costs of a batch; none with lambda 0, standard training bit for bit."""
+def attach_penalty(config: RunConfig, model: nn.Module, images: Tensor | None) -> ActivationPenalty | nullcontext[None]:
+    """The configuration's penalty, for "energy" with the costs of a batch; with lambda 0 none at all."""
     if config.lambda_ == 0:
         return nullcontext()
     costs = None

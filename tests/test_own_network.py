@@ -1,19 +1,23 @@
 """A trained network of one's own: its curve of cheaper ones, with the networks that people have."""
 
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import nbformat
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from torchvision.models import VisionTransformer, mobilenet_v2
 
 from eatlib import EnergyMeter, energy_report, tradeoff
-from eatlib.checkpoint import CheckpointError
 from eatlib.curve import Point
 from eatlib.models import with_relus
+from eatlib.results import ROOT
 from eatlib.training import TrainingError, fine_tune
 
 
@@ -66,7 +70,7 @@ def functional() -> tuple[Functional, dict[str, Any]]:
     """A trained network, and the batches for it."""
     torch.manual_seed(0)
     batches = Batches()
-    return trained(Functional(), batches), {"train_batches": batches, "validate": list(batches)}
+    return trained(Functional(), batches), {"train_batches": batches, "validation_batches": list(batches)}
 
 
 SETTINGS = {"lambdas": [1, 4, 16], "epochs": 2, "learning_rate": 0.05}
@@ -85,11 +89,13 @@ def same(left: Point, right: Point) -> bool:
 def test_the_curve_begins_with_the_model_as_it_is_and_falls_in_energy():
     model, batches = functional()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    reports = {name: energy_report(model, batches["validate"], accounting=name) for name in ("published", "fused")}
+    reports = {
+        name: energy_report(model, batches["validation_batches"], accounting=name) for name in ("published", "fused")
+    }
     points = []
     for point in tradeoff(model, **batches, **SETTINGS):
-        assert all(torch.equal(tensor, point.state[name]) for name, tensor in model.state_dict().items())
-        assert not model.training
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        assert model.training
         points.append(point)
     assert [point.lambda_ for point in points] == [0, 1, 4, 16]
     assert all(torch.equal(tensor, points[0].state[name]) for name, tensor in before.items())
@@ -98,10 +104,10 @@ def test_the_curve_begins_with_the_model_as_it_is_and_falls_in_energy():
     }
     joules = [point.reports["fused"].joules_per_image for point in points]
     assert max(joules[1:]) < 0.95 * joules[0]
-    model.load_state_dict(points[2].state)
-    hits = [(model(images).argmax(1) == labels).sum().item() for images, labels in batches["validate"]]
+    model.eval().load_state_dict(points[2].state)
+    hits = [(model(images).argmax(1) == labels).sum().item() for images, labels in batches["validation_batches"]]
     assert points[2].accuracy == sum(hits) / 64
-    assert energy_report(model, batches["validate"], accounting="fused").joules_per_image == joules[2]
+    assert energy_report(model, batches["validation_batches"], accounting="fused").joules_per_image == joules[2]
 
 
 def test_each_step_starts_from_the_one_before_whatever_is_done_to_the_model_meanwhile():
@@ -120,7 +126,7 @@ def test_each_step_starts_from_the_one_before_whatever_is_done_to_the_model_mean
 
 def test_the_path_ends_when_too_much_accuracy_is_lost():
     model, batches = functional()
-    batches["train_batches"] = [(images, labels.roll(1)) for images, labels in batches["validate"]]
+    batches["train_batches"] = [(images, labels.roll(1)) for images, labels in batches["validation_batches"]]
     points = list(tradeoff(model, **batches, **SETTINGS | {"epochs": 4}, margin=0.1))
     assert points[0].accuracy > 0.9
     assert points[0].accuracy - points[-1].accuracy > 0.1
@@ -135,7 +141,7 @@ def test_an_interrupted_path_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     for point in tradeoff(model, **batches, **SETTINGS, folder=tmp_path / "b"):
         if point.lambda_ == 4:
             break
-    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["lambda1.safetensors", "lambda4.safetensors"]
+    assert sorted(path.name.partition("-")[0] for path in (tmp_path / "b").iterdir()) == ["lambda1", "lambda4"]
     model, _ = functional()
     steps = []
     monkeypatch.setattr(
@@ -147,29 +153,39 @@ def test_an_interrupted_path_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     longer = list(tradeoff(functional()[0], **batches, **SETTINGS | {"lambdas": [1, 4, 16, 32]}, folder=tmp_path / "b"))
     assert steps == [16, 32]
     assert all(map(same, whole, longer))
+    finer = list(tradeoff(functional()[0], **batches, **SETTINGS | {"lambdas": [1, 2, 4]}, folder=tmp_path / "b"))
+    assert steps == [16, 32, 2, 4]
+    assert all(map(same, whole[:2], finer))
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes",
     [
-        ({"epochs": 3}, "lambda1.safetensors was made with epochs = 2, and now it is 3: name another folder, or"),
-        ({"sigma": 0.1}, "lambda1.safetensors was made with sigma = 0.01, and now it is 0.1"),
-        ({"lambdas": [0.5, 1]}, r"lambda1.safetensors was made with lambdas = \[1.0\], and now it is \[0.5, 1.0\]"),
-        ({"train_batches": Batches(batches=3)}, "lambda1.safetensors was made with steps = 4, and now it is 3"),
+        {"epochs": 3},
+        {"sigma": 0.1},
+        {"lambdas": [0.5, 1]},
+        {"lambdas": [1 + 1e-9]},
+        {"train_batches": Batches(batches=3)},
+        {"train_batches": [(images[..., :6], labels) for images, labels in Batches()]},
     ],
     ids=str,
 )
-def test_a_folder_of_another_path_is_refused(changes, message, tmp_path):
+def test_a_folder_serves_other_paths_too(changes, tmp_path):
+    """Nothing that another path left is taken or lost."""
     model, batches = functional()
-    settings = SETTINGS | batches | {"folder": tmp_path}
-    list(tradeoff(model, **settings | {"lambdas": [1]}))
-    model, _ = functional()
-    with pytest.raises(CheckpointError, match=message):
-        list(tradeoff(model, **settings | changes))
+    settings = SETTINGS | batches | {"folder": tmp_path, "lambdas": [1]}
+    first = list(tradeoff(model, **settings))
+    (kept,) = tmp_path.iterdir()
+    made = kept.stat().st_mtime_ns, kept.read_bytes()
+    other = list(tradeoff(model, **settings | changes))
+    assert len(list(tmp_path.iterdir())) == len(other)
+    assert all(map(same, other, tradeoff(model, **settings | changes | {"folder": None})))
     with torch.no_grad():
         model.fc.bias += 1
-    with pytest.raises(CheckpointError, match=r"lambda1.safetensors was made with start = "):
-        list(tradeoff(model, **settings))
+    list(tradeoff(model, **settings))
+    assert len(list(tmp_path.iterdir())) == len(other) + 1
+    assert (kept.stat().st_mtime_ns, kept.read_bytes()) == made
+    assert all(map(same, first, tradeoff(functional()[0], **settings)))
 
 
 @pytest.mark.parametrize(
@@ -185,8 +201,13 @@ def test_a_folder_of_another_path_is_refused(changes, message, tmp_path):
         ({"epoch": 1}, "unknown setting 'epoch': must be one of .*epochs"),
         ({"batch_size": 1}, "unknown setting 'batch_size'"),
         ({"penalty_layers": ["relu*"]}, "'relu.*' fits none of first, norm, second, fc"),
-        ({"train_batches": iter([])}, "train_batches, validate: give a DataLoader or a list"),
-        ({"validate": (batch for batch in [])}, "train_batches, validate: give a DataLoader or a list"),
+        (
+            {"train_batches": iter(Batches())},
+            r"train_batches: must be a DataLoader or a list, no iterator, of \(inputs, ",
+        ),
+        ({"validation_batches": []}, "validation_batches: must be a DataLoader or a list"),
+        ({"train_batches": [{"images": 1, "labels": 2}]}, "train_batches: must be"),
+        ({"train_batches": [(torch.ones(2), torch.ones(2), torch.ones(2))]}, "train_batches: must be"),
     ],
     ids=str,
 )
@@ -209,6 +230,18 @@ def test_a_model_in_which_nothing_makes_zeros_is_refused_and_left_as_it_is():
     with pytest.raises(ValueError, match=r"nothing that makes zeros.*with_relus"):
         next(tradeoff(model.eval(), batches, batches, lambdas=[1]))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_network_whose_relus_training_cannot_reach_is_refused():
+    model, batches = functional()
+    model.first.requires_grad_(False), model.norm.requires_grad_(False), model.second.requires_grad_(False)
+    with pytest.raises(ValueError, match="ReLUs do not depend on a parameter with requires_grad"):
+        next(tradeoff(model, **batches, **SETTINGS))
+    model.second.requires_grad_(True)
+    with pytest.raises(ValueError, match="costs has no entry for F"):
+        next(tradeoff(model, **batches, **SETTINGS, penalty_normalization="energy"))
+    before, after = tradeoff(model, **batches, **SETTINGS | {"lambdas": [1]})
+    assert torch.equal(before.state["first.weight"], after.state["first.weight"])
 
 
 def test_a_loss_that_is_no_number_ends_the_path(tmp_path):
@@ -300,8 +333,7 @@ def test_activations_are_swapped_wherever_they_are():
     assert kinds == ["Linear", "ReLU", "Linear", "ReLU", "ReLU", "Sigmoid", *["ReLU"] * 4, "Tanh", "Hardsigmoid"]
     assert model[1].inplace
     assert not model[7].inplace
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with pytest.warns(UserWarning, match="nothing became ReLU"):
         with_relus(model)
 
 
@@ -314,3 +346,27 @@ def test_an_encoder_layer_computes_with_relu_in_evaluation_too(activation):
     plain.load_state_dict(layer.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(layer.eval()(x), plain(x))
+
+
+# --- what notebook 3 says of torchvision's networks ---------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*became ReLU")
+def test_the_notebooks_lines_for_pretrained_networks_run_but_for_the_download(tmp_path, monkeypatch):
+    for part in ("train", "validation", "test"):
+        for kind in ("cat", "dog"):
+            (tmp_path / "photos" / part / kind).mkdir(parents=True)
+            Image.new("RGB", (300, 250), "brown").save(tmp_path / "photos" / part / kind / "1.png")
+    notebook = nbformat.read(ROOT / "notebooks" / "3_your_network.ipynb", as_version=4)
+    first, second = re.findall(r"```python\n(.*?)```", notebook.cells[-1].source, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    known: dict[str, Any] = {"DataLoader": DataLoader, "nn": nn}
+    exec(first.replace("weights=weights", "weights=None").replace(", num_workers=2", ""), known)
+    for batches in ("train_batches", "validation_batches", "test_batches"):
+        (images, labels) = next(iter(known[batches]))
+        assert (images.shape, sorted(labels.tolist())) == ((2, 3, 224, 224), [0, 1])
+    assert known["model"].eval()(images).shape == (2, 2)
+    with torch.device("meta"):
+        exec(re.sub(r"weights=[\w.]+", "weights=None", second), known)
+    assert known["model"].heads.head.out_features == 2
+    assert "GELU" not in str(known["model"])

@@ -192,7 +192,7 @@ def test_energy_normalization_estimates_the_energy_ratio():
     data = load_data(config)
     model = training._fresh_state(config, data, torch.device("cpu")).model
     images = data.train.images[:64]
-    with training._attach_penalty(config, model, data.train.images[:512]) as penalty:
+    with training.attach_penalty(config, model, data.train.images[:512]) as penalty:
         model(images)
         term = penalty().item()
         model(images[:16])
