@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from eatlib.config import PENALTY_FIELDS
@@ -57,15 +58,19 @@ def mean_std(table: pd.DataFrame, column: str, form: str = "{:.3f}", absent: str
 
 
 def hypervolume(curve: pd.DataFrame, energy: str, most: float, least: float) -> float:
-    """The area, of energy and test accuracy, in which some point has both less energy and more accuracy.
+    """The area, of energy and test accuracy, under the lines through a curve's points.
+
+    A point on a line is what one gets by running some images on the one network, the rest on the other. Points that
+    another beats in both, by its accuracy on validation images, are left out.
 
     Args:
-        curve: a row a point, with columns `energy` and "test_accuracy".
+        curve: a row a point, with columns `energy`, "validation_accuracy" and "test_accuracy".
         most, least: how far up in energy, and down in accuracy, the area reaches.
     """
-    curve = curve[curve[energy] < most].sort_values(energy)
-    widths = curve[energy].shift(-1, fill_value=most) - curve[energy]
-    return float((widths * (curve["test_accuracy"].cummax() - least).clip(lower=0)).sum())
+    curve = curve.sort_values(energy)
+    front = curve[curve["validation_accuracy"] > curve["validation_accuracy"].cummax().shift(fill_value=-1)]
+    places = (np.arange(10_000) + 0.5) * most / 10_000
+    return most * np.interp(places, front[energy], front["test_accuracy"], left=least).clip(least).mean() - most * least
 
 
 def markdown(text: pd.DataFrame) -> str:

@@ -45,7 +45,7 @@ def share_thresholds(model: nn.Module, images: Tensor, share: float) -> list[flo
 
 
 def find_thresholds(
-    model: nn.Module, validation: Split, losses: Sequence[float], *, step: float = 0.05
+    model: nn.Module, validation: Split, losses: Sequence[float], *, step: float = 0.02
 ) -> dict[float, list[float]]:
     """For each loss of accuracy, the thresholds of the largest share that costs no more of it.
 

@@ -23,7 +23,7 @@ from torch.nn.utils import prune
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-from eatlib import load, load_data
+from eatlib import RunConfig, load, load_data
 from eatlib.data import Data, Split
 from eatlib.energy import ACCOUNTINGS, EnergyError, EnergyMeter
 from eatlib.models import count_parameters
@@ -31,17 +31,30 @@ from eatlib.results import Energy, StudyResults, provenance, write_atomically
 from eatlib.thresholds import find_thresholds, thresholded
 from eatlib.training import predict
 
-LOSSES = (0.005, 0.01, 0.02, 0.05)
-"""Of validation accuracy, by which thresholds are chosen."""
-TREATMENTS: list[dict[str, Any]] = [{"thresholds": loss} for loss in LOSSES]
-TREATMENTS += [{"pruned": 0.3}, {"pruned": 0.5}, {"pruned": 0.7}, {"int8": True}]
-TREATMENTS += [{"pruned": 0.5, "thresholds": 0.01, "int8": True}]
-"""`pruned` is the share of all weights, `thresholds` the loss that they may cost; int8 comes last."""
+LOSS = 0.01
+LOSSES = (0.005, LOSS, 0.02, 0.05)
+"""Of validation accuracy, that thresholds may cost: the first for every network, all for standard training."""
+OTHERS: list[dict[str, Any]] = [{"pruned": share} for share in (0.0, 0.3, 0.5, 0.7)]
+OTHERS += [{"int8": True}, {"pruned": 0.5, "thresholds": LOSS, "int8": True}]
+"""`pruned` is the share of all weights; int8 comes last."""
 CALIBRATION = 2048  # training images for batch norm's statistics and for the ranges of int8
 
 
+def losses_of(config: RunConfig) -> tuple[float, ...]:
+    """What thresholds may cost a network: they are a way of their own only for standard training."""
+    return (LOSS,) if config.lambda_ else LOSSES
+
+
+def treatments(config: RunConfig) -> list[dict[str, Any]]:
+    """What is done to a network, each by itself."""
+    return [{"thresholds": loss} for loss in losses_of(config)] + OTHERS
+
+
 def prune_weights(model: nn.Module, share: float, images: Tensor) -> None:
-    """Make the smallest weights of all convolutions and linear layers zero, then take batch norm's statistics anew."""
+    """Make the smallest weights of all convolutions and linear layers zero, then take batch norm's statistics anew.
+
+    A share of 0 does only the latter, so that one can tell which of the two changed something.
+    """
     weights = [(module, "weight") for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     prune.global_unstructured(weights, prune.L1Unstructured, amount=share)
     for module, name in weights:
@@ -72,20 +85,23 @@ def to_int8(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 def measure(model: nn.Module, split: Split, batch_size: int) -> dict[str, Any]:
-    """Accuracy, and energy in each accounting that sees a layer in the model."""
+    """Accuracy, and energy in each accounting that sees a layer; `weights` that are not zero are read once a batch."""
     with EnergyMeter(model) as meter:
         logits = predict(model, split, batch_size=batch_size)
     energy = {}
     for accounting in ACCOUNTINGS:
         with suppress(EnergyError):
-            energy[accounting] = Energy.of(meter.report(accounting)).model_dump()
+            report = meter.report(accounting)
+            weights = report.layers["nonzero_parameters"].sum() / sum(size.batches for size in report.batches)
+            energy[accounting] = {"weights": float(weights), "uncounted": report.uncounted}
+            energy[accounting] |= Energy.of(report).model_dump()
     return {"accuracy": (logits.argmax(1) == split.labels).double().mean().item(), "energy": energy}
 
 
 def treat(
     model: nn.Module, treatment: dict[str, Any], data: Data, chosen: Callable[[], dict[float, list[float]]], size: int
 ) -> dict[str, Any]:
-    """Measure a copy of the model on the test images after a treatment; `chosen` are the model's own thresholds."""
+    """Measure a copy of the model after a treatment; `chosen` are the model's own thresholds."""
     model, images = copy.deepcopy(model), data.train.images[:CALIBRATION]
     with ExitStack() as stack:
         if "pruned" in treatment:
@@ -95,7 +111,7 @@ def treat(
             stack.enter_context(thresholded(model, own[loss]))
         if "int8" in treatment:  # with the thresholds, which the export sees
             model = to_int8(model, images)
-        return measure(model, data.test, size)
+        return {name: measure(model, getattr(data, name), size) for name in ("validation", "test")}
 
 
 def main(folder: Path) -> None:
@@ -108,7 +124,7 @@ def main(folder: Path) -> None:
     kept = {name: run for name, run in found.runs.items() if run.config.save_weights}
     if missing := [name for name in kept if not (folder / f"{name}.safetensors").exists()]:
         print(f"no weights, left out: {', '.join(missing)}", file=sys.stderr)
-    todo = [(name, t) for name in kept if name not in missing for t in TREATMENTS]
+    todo = [(name, t) for name in kept if name not in missing for t in treatments(kept[name].config)]
     todo = [(name, t) for name, t in todo if (kept[name].config_hash, json.dumps(t)) not in lines]
     loaded: dict[str, Data] = {}
     network = ""
@@ -119,10 +135,13 @@ def main(folder: Path) -> None:
         data = loaded[config.dataset]
         if name != network:
             network, model = name, load(folder / f"{name}.json")[0]
-            chosen = cache(lambda model=model, data=data: find_thresholds(model, data.validation, LOSSES))
-        test = treat(model, treatment, data, chosen, config.energy_batch_size)
+            losses = losses_of(config)
+            chosen = cache(
+                lambda model=model, data=data, losses=losses: find_thresholds(model, data.validation, losses)
+            )
+        after = treat(model, treatment, data, chosen, config.energy_batch_size)
         facts = {"wall_seconds": time.perf_counter() - began, "parameters": count_parameters(model)}
-        record = {"run": name, "hash": config.hash, "treatment": treatment, "test": test}
+        record = {"run": name, "hash": config.hash, "treatment": treatment, **after}
         record["provenance"] = provenance("cpu", **facts).model_dump()
         lines[config.hash, json.dumps(treatment)] = json.dumps(record)
         write_atomically(path, "".join(f"{line}\n" for line in lines.values()))

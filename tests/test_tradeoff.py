@@ -147,9 +147,11 @@ def test_hypervolumes_and_their_changes_by_hand(tradeoff):
     longer = [{"accuracy": 0.9, "ratio": 0.7, "epochs": 3, "lambda": value, "seed": 0} for value in (1, 2)]
     notebook = tradeoff(runs, extra=longer)
     first, other, second = notebook["volumes"].to_dict("records")
-    assert first["hypervolume"] == pytest.approx(0.2 * 0.05 + 0.1 * 0.1)
-    assert second["hypervolume"] == pytest.approx(0.3 * 0.1)
-    assert (other["name"], other["change_percent"]) == ("from nothing, 3 epochs a λ", pytest.approx(-50))
+    # down to .8: seed 0 has (.5, .85), (.7, .9) and (.8, .9), and from (.4, .7) up to .5 a triangle above .8
+    assert first["hypervolume"] == pytest.approx(0.1 * 0.1 + 0.2 * 0.075 + 0.5 * 0.033333 * 0.05, rel=1e-3)
+    assert second["hypervolume"] == pytest.approx(0.3 * 0.1 + 0.1 * 0.1 / 2, rel=1e-3)
+    change = 100 * (0.1 * 0.1 / first["hypervolume"] - 1)
+    assert (other["name"], other["change_percent"]) == ("from nothing, 3 epochs a λ", pytest.approx(change))
     assert (first["epochs"], first["images_a_point"], other["epochs"]) == (8 + 3, 11 / 4 * 70, 8 + 2 * 3)
 
 
