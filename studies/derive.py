@@ -121,7 +121,7 @@ def main(folder: Path) -> None:
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         record = json.loads(line)
         lines[record["hash"], json.dumps(record["treatment"])] = line
-    kept = {name: run for name, run in found.runs.items() if run.config.save_weights}
+    kept = {name: run for name, run in found.runs.items() if found.configs[name].save_weights}
     if missing := [name for name in kept if not (folder / f"{name}.safetensors").exists()]:
         print(f"no weights, left out: {', '.join(missing)}", file=sys.stderr)
     todo = [(name, t) for name in kept if name not in missing for t in treatments(kept[name].config)]
