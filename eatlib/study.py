@@ -141,6 +141,8 @@ def run(name: str, arguments: argparse.Namespace, options: list[str]) -> int:
     """Check everything, have the engine do what is missing, and show the table."""
     if not re.fullmatch(r"all|0*[1-9]\d*", arguments.cores or "all"):  # with 0, Snakemake would wait for ever
         raise StudyError(f"-c {arguments.cores}: must be all, or a number of runs at a time")
+    if options and not options[0].startswith("-"):
+        raise StudyError(f"{options[0]!r}: one study at a time; after it, options")
     study = open_study(name)
     folder = Path(os.path.realpath(arguments.results), study.name)  # also of links in a circle
     if arguments.dry_run:
