@@ -14,7 +14,7 @@ or the path of a YAML file of your own.
   --download             fetch a data set that is not there
   --results DIR          where results go (default: results/)
   --help                 show this
-Other options go to Snakemake: -c N (runs at a time), -F (train all anew), --profile profiles/slurm, ...
+Other options go to Snakemake: -c N (runs at a time), --profile profiles/slurm, ...
 
 Without an active environment that has the packages, everything is installed into .venv/ (Python 3.11 or newer, about
 6 GB). EATLIB_DATA names a folder with data sets, if they are not in data/.

@@ -42,7 +42,7 @@ class TrainingState:
         """Write everything to `path`, whole or not at all."""
         content = io.BytesIO()
         state = {
-            "made of": _made_of(config, data_digest),
+            "made of": _made_of(config, data_digest, self.device),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "order": self.generator.get_state(),
@@ -61,7 +61,7 @@ class TrainingState:
         try:
             # Only tensors and plain values are read, so that no code is run.
             state = torch.load(path, map_location="cpu")
-            for key, value in _made_of(config, data_digest).items():
+            for key, value in _made_of(config, data_digest, self.device).items():
                 if state["made of"][key] != value:
                     raise CheckpointError(f"its {key} is {state['made of'][key]}, not {value}")
         except Exception as error:  # a damaged file can raise anything
@@ -80,9 +80,9 @@ class TrainingState:
         self.seconds = state["seconds"]
 
 
-def _made_of(config: RunConfig, data_digest: str) -> dict[str, str]:
+def _made_of(config: RunConfig, data_digest: str, device: torch.device) -> dict[str, str]:
     """What must be the same, for a run to go on from a checkpoint to the same bits."""
-    made_of = {"configuration": config.hash, "data digest": data_digest}
+    made_of = {"configuration": config.hash, "data digest": data_digest, "device": device.type}
     return made_of | {"code": code_digest(), "PyTorch": str(torch.__version__)}
 
 

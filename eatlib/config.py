@@ -181,8 +181,9 @@ class RunConfig(Record):
     def _consistent(self) -> "RunConfig":
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov: true needs a momentum above 0")
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs ({self.warmup_epochs}) must be less than epochs ({self.epochs})")
+        if self.warmup_epochs >= (self.epochs if self.schedule == "exponential" else 1):
+            allowed = f"less than epochs ({self.epochs}), and 0 with schedule: triangular"
+            raise ValueError(f"warmup_epochs ({self.warmup_epochs}) must be {allowed}")
         if self.model not in ("resnet18", "vgg16") and self.width != 1:
             raise ValueError(f"width ({self.width}) can only be changed for resnet18 and vgg16")
         return self
@@ -277,7 +278,8 @@ class Study(Record):
                 for step in block.path:
                     point |= step if before is None else {"start": before} | step
                     run = RunConfig.parse(point, where)
-                    before = runs.setdefault(run.hash, run).hash
+                    before = run.hash
+                    runs[before] = max(runs.get(before, run), run, key=lambda same: same.save_weights)
         for run in runs.values():
             if run.starts_from_run and run.start not in runs:
                 raise ConfigError(f"study {self.name}: start = {run.start!r}: must be the hash of one of its runs")

@@ -248,7 +248,8 @@ class ActivationPenalty(AbstractContextManager):
         """Leave the model as it was; a second call does nothing."""
         for handle in self._handles:
             handle.remove()
-        self._terms = {}
+        self._end(self._model, None, None)  # of a pass that an interruption ended, which calls no hook
+        self._terms, self._over = {}, False
         _attached.discard(self._model)
 
     def __exit__(self, *_: object) -> None:
@@ -263,6 +264,7 @@ class ActivationPenalty(AbstractContextManager):
             return
         if self._thread not in (None, _thread()):
             raise RuntimeError("the model runs in two threads at once, whose activations the penalty cannot tell apart")
+        self._end(self._model, None, None)  # of a pass that was interrupted
         self._terms, self._over, self._layer = {}, False, None
         self._thread, self._with_gradient = _thread() if module.training else None, torch.is_grad_enabled()
         # torch.compile makes one kernel of ReLU and its penalty by itself, and cannot trace `_ReLU`.
@@ -279,7 +281,7 @@ class ActivationPenalty(AbstractContextManager):
         self._layer = self._names.get(leaf)
 
     def _leave(self, leaf: nn.Module, _: Any, output: Any) -> None:
-        if leaf in self._names and self._model.training and not (self._fused and isinstance(leaf, nn.ReLU)):
+        if leaf in self._names and self._model.training and not (self._fused and type(leaf).forward is nn.ReLU.forward):
             if not isinstance(output, Tensor):
                 kind = type(output).__name__
                 raise TypeError(f"{self._names[leaf]} returns {kind}, no tensor: name other layers in `layers`")
@@ -333,9 +335,10 @@ class _Functions(TorchFunctionMode):
         if penalty._fused and name == "F.relu":
             x = arguments[0] if arguments else keywords["input"]
             inplace = function in (torch.relu_, Tensor.relu_) or keywords.get("inplace", arguments[1:2] == (True,))
-            output, value = _ReLU.apply(x, inplace, penalty._sigma, penalty._count(x))
+            inside = inplace and not x._is_view()  # autograd lets no function with two outputs write into a view
+            output, value = _ReLU.apply(x, inside, penalty._sigma, penalty._count(x))
             penalty._store(penalty._layer or name, value, output[: penalty._count(x)])
-            return output
+            return x.copy_(output) if inplace and not inside else output
         output = function(*arguments, **keywords)
         if name and penalty._functional and penalty._layer is None:
             penalty._add(name, output, name == "F.relu")

@@ -252,7 +252,12 @@ class StudyResults:
                 found[result.config_hash] = path.stem, result
             except (ResultError, OSError) as error:  # the latter: a link to nowhere, or a file that may not be read
                 problems.append(str(error))
-        configs = {found.get(run.hash, (name,))[0]: run for name, run in study.runs().items()}
+        names = {run.hash: found[run.hash][0] for run in study.runs().values() if run.hash in found}
+        taken = {*names.values()}
+        names = {
+            run.hash: f"{name}_{run.hash}" if name in taken else name for name, run in study.runs().items()
+        } | names
+        configs = {names[run.hash]: run for run in study.runs().values()}
         return cls(
             study=study,
             configs=configs,

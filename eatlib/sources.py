@@ -60,7 +60,7 @@ class Source:
         archives: what can be downloaded: where it goes and is unpacked, the URL of its folder, and its MD5.
         moments: mean and standard deviation of each channel, of pixels in [0, 1]; None: those of the training images.
         train_images, test_images: numbers of the complete set; None: whatever is there is complete.
-        digest: of the complete set (see `eatlib.data.images`); None: its numbers of images tell.
+        digest: of the complete set (see `eatlib.data`); None: its numbers of images tell.
     """
 
     read: Reader

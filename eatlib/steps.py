@@ -78,6 +78,8 @@ def train(folder: Path, name: str, *, for_weights: bool = False) -> None:
         finished = work / "result.json"
         if RunResult.load(finished).config_hash != config.hash:
             raise RuntimeError("the notebook wrote a result of another configuration")
+        if result.exists() and RunResult.load(result).test != RunResult.load(finished).test:
+            raise RuntimeError(f"{name}, trained once more for its weights, differs from its JSON: remove that first")
         if finished.with_suffix(".safetensors").exists():  # not if this process was killed between here and the end
             finished.with_suffix(".safetensors").replace(weights)
         if not result.exists():

@@ -96,7 +96,8 @@ def _kind(config: RunConfig) -> tuple[Any, ...]:
 def run_engine(folder: Path, found: StudyResults, options: list[str]) -> int:
     """Call Snakemake in a session of its own and show how far its runs are; its exit status."""
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(ROOT)]
-    if "--profile" not in options:
+    elsewhere = any(option.startswith(("--profile", "--executor")) for option in options)
+    if not elsewhere:
         memory = psutil.virtual_memory().available >> 20
         command += ["--resources", f"mem_mb={memory}", f"gpu={len(local_gpus())}"]
     command += [*options, "--config", f"folder={folder}", f"study={folder}/study.yaml"]
@@ -109,7 +110,7 @@ def run_engine(folder: Path, found: StudyResults, options: list[str]) -> int:
                 time.sleep(0.2)
                 _show(folder, todo, bar)
         finally:
-            if engine.poll() is None and "--profile" in options:  # it has jobs elsewhere to cancel
+            if engine.poll() is None and elsewhere:  # it has jobs elsewhere to cancel
                 engine.send_signal(signal.SIGINT)
                 with suppress(subprocess.TimeoutExpired):
                     engine.wait(timeout=30)
@@ -125,7 +126,7 @@ def _show(folder: Path, todo: list[str], bar: Any) -> None:
         bar.update()
         if bar.disable:
             print(f"done {name}", flush=True)
-    if not bar.disable:
+    with suppress(FileNotFoundError):  # one may be done meanwhile
         states = [(name, folder / "work" / name / "progress") for name in todo]
         bar.set_postfix_str("; ".join(f"{name} {state.read_text()}" for name, state in states if state.exists()))
 

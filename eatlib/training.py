@@ -82,8 +82,8 @@ def fit(
 ) -> results.RunResult:
     """Train one configuration, then measure it on the validation and, for the first time, on the test images.
 
-    The same configuration gives the same weights and the same result, timings aside, to the last bit on the same
-    machine; also if it was interrupted after any epoch and resumed.
+    The same configuration of the paper's networks gives the same weights and the same result, timings aside, to the
+    last bit on the same machine (with the same TF32 flags, on a GPU); also if it was interrupted and resumed.
 
     Args:
         start: the weights of the run that `config.start` names, as `save_weights_to` has them.
@@ -99,7 +99,7 @@ def fit(
         ValueError: the device or the penalty's layers do not exist.
         CheckpointError: the weights to start from are not there, or do not fit.
     """
-    began = time.perf_counter()
+    began, _ = time.perf_counter(), (results.git_state(), results.code_digest())  # of the code that runs: both are kept
     device = find_device(config.device)
     data = data or load_data(config)
     train, validation, test = (split.to(device) for split in (data.train, data.validation, data.test))

@@ -22,6 +22,7 @@ def made_up_result(
     fused: float | None = None,
     products: float | None = None,
     validation: tuple[float, float] | None = None,
+    digest: str = "0" * 64,
     **config: Any,
 ) -> RunResult:
     """A valid result with the given accuracy and `published` energy ratio (of three decimals), the same at any prices.
@@ -30,6 +31,7 @@ def made_up_result(
         fused: energy ratio in that accounting; None: as `published`.
         products: the share of the multiplications that zero-skipping leaves; None: that of the accesses.
         validation: accuracy and energy ratio on the validation images; None: as on the test images.
+        digest: of the images.
     """
     run = RunConfig.parse({"epochs": 1} | config)
 
@@ -65,7 +67,7 @@ def made_up_result(
             "data": {
                 "name": run.dataset,
                 "complete": True,
-                "digest": "0" * 64,
+                "digest": digest,
                 "source_train": 80,
                 "source_test": 10,
                 "train": 70,

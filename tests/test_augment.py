@@ -7,8 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from eatlib.config import RunConfig
-from eatlib.data import Data, DataError, Split, augment, load_data, training_batches
-from eatlib.data.augment import PADDING, ROTATION, draw
+from eatlib.data import PADDING, ROTATION, Data, DataError, Split, augment, draw, load_data, training_batches
 
 DIGITS_DIGEST = "ace363b25212d35b1292715e07d838e65838df5b48b6674671fc52f29f618dc6"
 

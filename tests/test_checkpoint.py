@@ -69,7 +69,7 @@ def spoil(path, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", ["truncated", "empty", "text", "garbled", "configuration", "data digest", "code", "PyTorch"]
+    "how", ["truncated", "empty", "text", "garbled", "configuration", "data digest", "device", "code", "PyTorch"]
 )
 def test_a_checkpoint_that_is_not_this_runs_and_this_codes_is_set_aside(tmp_path, how):
     config, checkpoint = configuration(epochs=2), tmp_path / "checkpoint.pt"

@@ -59,7 +59,12 @@ def test_every_problem_is_reported_at_once():
 
 @pytest.mark.parametrize(
     "values",
-    [{"epochs": 3, "warmup_epochs": 3}, {"momentum": 0, "nesterov": True}, {"model": "alexnet", "width": 0.5}],
+    [
+        {"epochs": 3, "warmup_epochs": 3},
+        {"warmup_epochs": 1, "schedule": "triangular"},
+        {"momentum": 0, "nesterov": True},
+        {"model": "alexnet", "width": 0.5},
+    ],
 )
 def test_values_that_contradict_each_other_are_refused(values):
     with pytest.raises(ConfigError):

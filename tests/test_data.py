@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+import eatlib.data
 from eatlib.config import RunConfig
-from eatlib.data import SOURCES, Data, DataError, Listing, images, load_data, source
+from eatlib.data import SOURCES, Data, DataError, Listing, load_data, source
 from eatlib.results import ROOT
 
 
@@ -253,8 +254,8 @@ def test_what_is_absent_is_downloaded_on_request(gtsrb_dir, monkeypatch):
 
 
 def test_images_are_decoded_once_for_a_size_and_a_state_of_the_files(gtsrb_dir, monkeypatch):
-    decoded, decode = [], images._decode
-    monkeypatch.setattr(images, "_decode", lambda *arguments: decoded.append(1) or decode(*arguments))
+    decoded, decode = [], eatlib.data._decode
+    monkeypatch.setattr(eatlib.data, "_decode", lambda *arguments: decoded.append(1) or decode(*arguments))
     first, again = load("gtsrb", gtsrb_dir), load("gtsrb", gtsrb_dir)
     assert (again.info, len(decoded)) == (first.info, 1)
     assert again.train.images.equal(first.train.images)
@@ -280,7 +281,7 @@ def test_a_damaged_cache_is_made_anew(cifar10_dir, damage, monkeypatch):
     (path,) = cifar10_dir.glob(".cache/*")
     path.write_bytes(b"something else" * 100 if damage is None else path.read_bytes()[:damage])
     assert load("cifar10", cifar10_dir).test.images.equal(first.test.images)
-    monkeypatch.setattr(images, "_decode", None)
+    monkeypatch.setattr(eatlib.data, "_decode", None)
     assert load("cifar10", cifar10_dir).info == first.info
     assert len(written) == 2  # each writer has a file of its own: there may be several at once
 

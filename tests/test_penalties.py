@@ -137,6 +137,24 @@ def test_in_place_modules_before_in_place_additions(module):
     assert_same(found, by_plain_hooks(model, x, labels, sigma=1e-2, layers=["1"]))
 
 
+def test_in_place_relus_of_views():
+    """A linear layer gives a view where its input has more than two dimensions, and so does Flatten."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 4), nn.Flatten(), nn.ReLU(inplace=True))
+    x, labels = torch.randn(5, 3, 6), torch.arange(5)
+    assert_same(by_penalty(model, x, labels, sigma=1e-2), by_plain_hooks(model, x, labels, sigma=1e-2))
+
+
+def test_a_kind_of_relu_with_a_forward_of_its_own():
+    class Clamp(nn.ReLU):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.clamp(0)
+
+    torch.manual_seed(0)
+    model, x, labels = nn.Sequential(nn.Linear(6, 8), Clamp()), torch.randn(5, 6), torch.arange(5)
+    assert_same(by_penalty(model, x, labels, sigma=1e-2), by_plain_hooks(model, x, labels, sigma=1e-2))
+
+
 def test_a_function_of_ones_own():
     def smooth_count(x: Tensor, sigma: float) -> Tensor:
         return (x.square() / (x.square() + sigma)).sum()
@@ -203,6 +221,29 @@ def test_only_the_latest_whole_training_pass_counts_and_only_once():
         with pytest.raises(RuntimeError, match="training mode"):
             penalty()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_pass_that_is_interrupted_leaves_nothing_behind():
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    model, (images, _) = net(), batch()
+    with ActivationPenalty(model) as penalty:
+        model(images)
+        value = penalty()
+        for _ in range(2):
+            handle = model.pool.register_forward_pre_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                model(images)
+            handle.remove()
+            model(images)
+            assert penalty() == value
+        model.pool.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(images)
+    assert torch.overrides._get_current_function_mode() is None
+    with pytest.raises(RuntimeError, match="no activations to penalise"):
+        penalty()
 
 
 def test_neither_activations_nor_the_model_are_kept_alive():

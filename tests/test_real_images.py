@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from eatlib.config import RunConfig
-from eatlib.data import SOURCES, Data, images, load_data
+from eatlib.data import SOURCES, Data, _moments, load_data
 from eatlib.results import ROOT
 
 GTSRB_TEST_COUNTS = [
@@ -46,7 +46,7 @@ def test_the_real_cifar10_is_complete(real_images):
     counts = [split.bincount().tolist() for split in (labels, data.validation.labels, data.test.labels)]
     assert counts == [[5000] * 10, [500] * 10, [1000] * 10]
     # PAPER's constants are those of the training images.
-    mean, std = images._moments(torch.cat([data.train.images, data.validation.images]))
+    mean, std = _moments(torch.cat([data.train.images, data.validation.images]))
     assert (*mean, *std) == pytest.approx((*data.mean, *data.std), abs=6e-4)
 
 

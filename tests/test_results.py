@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from eatlib.config import Study
+from eatlib import steps
+from eatlib.config import Block, RunConfig, Study
 from eatlib.hardware import Hardware
 from eatlib.results import ResultError, RunResult, StudyResults, computing, git_state, write_atomically
 
@@ -90,6 +91,44 @@ def test_a_study_reports_what_is_missing_and_what_is_no_result(tmp_path, make_re
     assert {name: result.config.lambda_ for name, result in found.runs.items()} == {"a": 1}
     assert found.missing == ["digits_resnet18_lambda0_seed0", "digits_resnet18_lambda2_seed0"]
     assert re.findall(r"(\w+)\.json", "".join(found.problems)) == ["bad", "deep", "folder", "gone", "long"]
+
+
+def test_a_run_that_would_have_the_name_of_anothers_result_gets_its_own(tmp_path, make_result):
+    """Paths to one lambda by other ways: their last runs differ in where they start alone."""
+    long = [{"lambda": 0}, {"lambda": 1}, {"lambda": 4}]
+    study = Study(name="s", label="s", fixed={"epochs": 1}, blocks=[{"path": long}])
+    for name, run in study.runs().items():
+        make_result(**run.to_dict()).save(tmp_path / f"{name}.json")
+    more = study.model_copy(update={"blocks": [Block(path=[long[0], long[2]]), *study.blocks]})
+    found = StudyResults.load(tmp_path, more)
+    assert len(found.configs) == 4
+    assert len(found.runs) == 3
+    (missing,) = found.missing
+    assert found.configs[missing].start == found.configs["digits_resnet18_lambda0_seed0"].hash
+
+
+def test_weights_that_are_made_once_more_are_those_of_the_result(tmp_path, make_result, monkeypatch):
+    study = Study(name="s", label="s", fixed={"epochs": 1}, blocks=[{"path": [{"lambda": 0}, {"lambda": 1}]}])
+    (tmp_path / "study.yaml").write_text(study.to_yaml())
+    first, second = study.runs()
+    make_result(0.9, **study.runs()[first].to_dict()).save(tmp_path / f"{first}.json")
+    before = (tmp_path / f"{first}.json").read_bytes()
+
+    def execute(_, __, parameters, **___):
+        config = RunConfig.parse({key: parameters[key] for key in RunConfig.model_fields})
+        make_result(0.8, **config.to_dict()).save(Path(parameters["work_dir"], "result.json"))
+        Path(parameters["work_dir"], "result.safetensors").touch()
+
+    monkeypatch.setattr("papermill.execute_notebook", execute)
+    with pytest.raises(RuntimeError, match=f"{first}, trained once more for its weights, differs from its JSON"):
+        steps.train(tmp_path, second)
+    assert (tmp_path / f"{first}.json").read_bytes() == before
+
+
+def test_a_study_keeps_weights_that_any_block_asks_for():
+    blocks = [{"grid": {"seed": [0, 1]}}, {"fixed": {"save_weights": True}}]
+    kept = [run.save_weights for run in Study(name="s", label="s", blocks=blocks).runs().values()]
+    assert kept == [True, False]
 
 
 def study_results(*results):

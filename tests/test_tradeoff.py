@@ -251,10 +251,10 @@ def test_a_path_is_a_line_from_standard_training_and_counts_all_its_epochs(trade
 
 def test_runs_that_differ_in_more_than_penalty_and_seed_are_named(tradeoff):
     assert "MIXED" not in tradeoff()["said"]
-    other = {"accuracy": 0.9, "ratio": 0.7, "lambda": 1, "seed": 2, "momentum": 0.8}
-    assert (
-        "the runs of digits, ResNet-18 differ in momentum: make each its own study" in tradeoff(extra=[other])["said"]
-    )
+    other = {"accuracy": 0.9, "ratio": 0.7, "lambda": 1, "seed": 2, "momentum": 0.8, "digest": "1" * 64}
+    said = tradeoff(extra=[other])["said"]
+    assert "the runs of digits, ResNet-18 differ in momentum: make each its own study" in said
+    assert "MIXED: runs of one data set saw different images." in said
 
 
 @pytest.mark.parametrize(
