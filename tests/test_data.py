@@ -15,8 +15,9 @@ from PIL import Image
 
 import eatlib.data
 from eatlib.config import RunConfig
-from eatlib.data import SOURCES, Data, DataError, Listing, load_data, source
+from eatlib.data import SOURCES, Data, DataError, Listing, load_data
 from eatlib.results import ROOT
+from eatlib.sources import source
 
 
 def load(dataset: str, root: Path, allow_partial: bool = True, **fields) -> Data:
