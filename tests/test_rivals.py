@@ -223,11 +223,6 @@ def test_of_a_part_of_a_study_only_whole_ways_are_compared(tmp_path, monkeypatch
     said = "PARTIAL: 11 of the study's 12 runs have a result"
     assert said in notebook["said"]
     assert all(said in (tmp_path / "made-up" / f"{name}.md").read_text() for name in ("rivals", "together"))
-    results = [result for result in results if result.config.lambda_ == 0 and result.config.width < 0.125]
-    (folder := tmp_path / "made-up" / "made-up").mkdir(parents=True)
-    (folder / "study.yaml").write_text((tmp_path / "made-up" / "study.yaml").read_text())
-    notebook = executed(tmp_path / "made-up", monkeypatch, results, [], names)
-    assert "no two ways are whole" in notebook["said"]
 
 
 def test_what_eat_saves_of_a_treated_network(notebook):
