@@ -225,6 +225,14 @@ def test_of_a_part_of_a_study_only_whole_ways_are_compared(tmp_path, monkeypatch
     assert all(said in (tmp_path / "made-up" / f"{name}.md").read_text() for name in ("rivals", "together"))
 
 
+def test_a_study_in_which_nothing_is_whole_yet_says_so(tmp_path, monkeypatch, made_up):
+    results, _, names = made_up
+    narrow = [result for result in results if result.config.width < 0.125]
+    notebook = executed(tmp_path, monkeypatch, narrow, [], names)
+    assert "no two ways are whole" in notebook["said"]
+    assert "nothing is whole yet" in (tmp_path / "made-up" / "rivals.md").read_text()
+
+
 def test_what_eat_saves_of_a_treated_network(notebook):
     # λ 1 is within the margin, λ 2 is not; int8: from 0.5 to 0.3
     together = notebook["together"].set_index("treatment")
