@@ -252,12 +252,10 @@ class StudyResults:
                 found[result.config_hash] = path.stem, result
             except (ResultError, OSError) as error:  # the latter: a link to nowhere, or a file that may not be read
                 problems.append(str(error))
-        names = {run.hash: found[run.hash][0] for run in study.runs().values() if run.hash in found}
-        taken = {*names.values()}
-        names = {
-            run.hash: f"{name}_{run.hash}" if name in taken else name for name, run in study.runs().items()
-        } | names
-        configs = {names[run.hash]: run for run in study.runs().values()}
+        known = {run.hash: found[run.hash][0] for run in study.runs().values() if run.hash in found}
+        configs = {}
+        for name, run in study.runs().items():
+            configs[known.get(run.hash) or (f"{name}_{run.hash}" if name in known.values() else name)] = run
         return cls(
             study=study,
             configs=configs,
