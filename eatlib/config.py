@@ -259,7 +259,7 @@ class Study(Record):
         try:
             study = cls.model_validate(values)
         except ValidationError as error:
-            raise ConfigError(explain(error, str(path), list(cls.model_fields))) from None
+            raise ConfigError(explain(error, str(path), [*cls.model_fields, *Block.model_fields])) from None
         study.runs()
         return study
 
@@ -346,7 +346,7 @@ def explain(error: ValidationError, where: str, known: list[str]) -> str:
     for item in error.errors():
         field = ".".join(str(part) for part in item["loc"] if "[" not in str(part))  # one of several types
         if item["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(field, known, n=1)
+            close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
             line = f"unknown field {field!r}; {hint}"
         else:

@@ -216,6 +216,7 @@ def test_fields_that_came_later_leave_older_hashes_as_they_were():
     [
         ("label: x\nblocks: []", "blocks"),
         ("label: x\nblock: []", "unknown field 'block'"),
+        ("label: x\nblocks: [{pth: [{lambda: 0}]}]", r"unknown field 'blocks\.0\.pth'; did you mean 'path'\?"),
         ("label: x\nblocks: [{grid: {lambda: []}}]", r"blocks.0.grid.lambda = \[\]: List should have at least 1 item"),
         ("label: x\nfixed: {seed: 1}\nblocks: [{grid: {seed: [1]}}]", "seed.*both in the grid and fixed"),
         ("label: x\nblocks: [{grid: {sigma: [-1]}}]", "sigma = -1"),
