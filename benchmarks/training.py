@@ -121,7 +121,7 @@ def compare(arguments: argparse.Namespace, name: str, width: float, precision: s
             if turn > 1:
                 times[kind].append(seconds)
     standard = variants["standard"].peak()
-    line = f"{name + f' x{width:g}':16}{precision:>10}{1e3 * statistics.median(times['standard']):12.0f} ms"
+    line = f"{name + f' x{width:g}':16}{precision:>10}{1e3 * statistics.median(times['standard']):12.1f} ms"
     for kind in KINDS[1:]:
         ratio = statistics.median(map(operator.truediv, times[kind], times["standard"]))
         line += f"{ratio:12.2f}{variants[kind].peak() / standard:12.3f}"
