@@ -45,11 +45,13 @@ def tradeoff_figure(points: pd.DataFrame, margin: float) -> Figure:
     Args:
         points: a row a point, of standard training if lambda is 0. `layer` is "run", "collapsed run", "mean" (of a
             setting; a line joins those of a path), "paper", `FRONT` (a line joins these) or `SELECTED` (a ring);
-            `floor` is where no ReLU fires.
+            `floor` is where no ReLU fires. Collapsed runs below all else are drawn level with the lowest, and say so.
         margin: accuracy below the mean of standard training that the shaded band reaches down.
     """
     training = points["lambda"].eq(0).map({True: STANDARD, False: AWARE})
-    points = points.assign(mark=training + ", " + points["layer"])
+    lowest = points[ACCURACY].where(points["layer"] != "collapsed run").groupby(points["title"]).transform("min")
+    below = points[points[ACCURACY] < lowest]  # they would leave no room for the others
+    points = points.assign(mark=training + ", " + points["layer"], **{ACCURACY: points[ACCURACY].clip(lower=lowest)})
     marked = points[points["mark"].isin(MARKS.index)]
     semantics = {"x": RATIO, "y": ACCURACY, "hue": "mark", "style": "mark", "size": "mark", "col": "title"}
     grid = sns.relplot(marked, **semantics, **MARKS.to_dict(), col_wrap=points["model"].nunique(), **PANELS)
@@ -76,6 +78,9 @@ def tradeoff_figure(points: pd.DataFrame, margin: float) -> Figure:
         keys = {"lambda", *(key for key in ("sigma", "warmup_epochs") if len(named[key].unique()) > 1)}
         for point in named.to_dict("records"):
             axis.annotate(setting_text(point, keys), (point[RATIO], point[ACCURACY]), **NAME)
+        for ratio, accuracy in below.loc[below["title"] == title, [RATIO, ACCURACY]].to_numpy():
+            where = {"textcoords": "offset points", "xytext": (7, 0), "va": "center", "fontsize": 8}
+            axis.annotate(f"↓ {accuracy:.2f}", (ratio, own[ACCURACY].min()), **where)
         axis.set(xlabel=AXIS_NAMES[RATIO], ylabel=AXIS_NAMES[ACCURACY], title=title)
         axis.margins(0.12)
     return _finish(grid)

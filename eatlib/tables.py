@@ -46,7 +46,8 @@ def setting_text(setting: Mapping[str, Any], keys: Collection[str]) -> str:
         return "none within the margin"
     if setting["lambda"] == 0 and not setting["path"]:
         return "ST"
-    told = [key for key in WORDS if key in keys and (key != "penalty_share" or setting[key] < 1)]
+    silent = PENALTY_FIELDS if setting["lambda"] == 0 else ()
+    told = [key for key in WORDS if key in {*keys} - {*silent} and (key != "penalty_share" or setting[key] < 1)]
     words = [WORDS[key].format(setting[key]) for key in told]
     return ", ".join(words).replace("after λ ,", "from nothing,")
 
