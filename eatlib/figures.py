@@ -79,11 +79,10 @@ def tradeoff_figure(points: pd.DataFrame, margin: float) -> Figure:
         for point in named.to_dict("records"):
             axis.annotate(setting_text(point, keys), (point[RATIO], point[ACCURACY]), **NAME)
         for ratio, accuracy in below.loc[below["title"] == title, [RATIO, ACCURACY]].to_numpy():
-            where = {"textcoords": "offset points", "xytext": (7, 0), "va": "center", "fontsize": 8}
-            axis.annotate(f"↓ {accuracy:.2f}", (ratio, own[ACCURACY].min()), **where)
+            axis.text(ratio, own[ACCURACY].min(), f"    ↓ {accuracy:.2f}", va="center", fontsize=8)
         axis.set(xlabel=AXIS_NAMES[RATIO], ylabel=AXIS_NAMES[ACCURACY], title=title)
         axis.margins(0.12)
-    return _finish(grid)
+    return finish(grid)
 
 
 def ways_figure(means: pd.DataFrame) -> Figure:
@@ -94,7 +93,7 @@ def ways_figure(means: pd.DataFrame) -> Figure:
     grid.set_axis_labels(AXIS_NAMES[RATIO], AXIS_NAMES[ACCURACY]).set_titles("{col_name}")
     for axis in grid.axes.flat:
         axis.locator_params("x", nbins=6)
-    return _finish(grid)
+    return finish(grid)
 
 
 def ablation_figure(runs: pd.DataFrame) -> Figure:
@@ -120,17 +119,7 @@ def ablation_figure(runs: pd.DataFrame) -> Figure:
         axis.set(xscale="log", xlabel="λ", ylabel=AXIS_NAMES[quantity], title=title)
         axis.set_xticks(ticks, map("{:g}".format, ticks))
         axis.minorticks_off()
-    return _finish(grid)
-
-
-def firing_figure(firing: pd.DataFrame) -> Figure:
-    """The paper's figures 1 and 2: `firing share` by `layer` and `training`, means over seeds, a panel a `title`."""
-    semantics = {"x": "layer", "y": "firing share", "hue": "training", "row": "title"}
-    looks = {"palette": COLORS, "saturation": 1, "height": 2.6, "aspect": 3.5, "sharex": False, "legend_out": False}
-    grid = sns.catplot(firing, kind="bar", errorbar=None, **semantics, **looks)
-    grid.set(ylim=(0, 1), xlabel="").set_titles("{row_name}")
-    grid.tick_params(axis="x", rotation=90, labelsize=8)
-    return _finish(grid)
+    return finish(grid)
 
 
 def explore_page(runs: pd.DataFrame, title: str, text: str) -> str:
@@ -171,7 +160,7 @@ def explore_page(runs: pd.DataFrame, title: str, text: str) -> str:
     return PAGES.get_template("explore.html.j2").render(known)
 
 
-def _finish(grid: sns.FacetGrid) -> Figure:
+def finish(grid: sns.FacetGrid) -> Figure:
     """Put one legend for all panels below them."""
     figure, entries = grid.figure, {}
     for axis in grid.axes.flat:

@@ -28,7 +28,7 @@ def lines(path: Path) -> int:
 
 def test_sizes():
     code = {path: lines(path) for path in (ROOT / "eatlib").rglob("*.py")}
-    assert sum(code.values()) <= 4107, "a ratchet: the aim is 3,200"
+    assert sum(code.values()) <= 4102, "a ratchet: the aim is 3,200"
     everything = [path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
     assert max(*code.values(), *map(lines, everything)) <= 400
     for name, limit in (("Snakefile", 100), ("run_all.sh", 80), ("README.md", 130)):
