@@ -21,10 +21,11 @@ COLORS = {STANDARD: "#0072b2", AWARE: "#d55e00"}
 PAIR_COLORS = ["#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999", "#8c564b"]
 """Of data sets and networks: others, as those two say how a network was trained."""
 
+LAYERS = (("run", "", 16), ("trained on", "D", 16), ("collapsed run", "X", 45), ("mean", "", 50), ("paper", "*", 110))
 MARKS = pd.DataFrame.from_dict(
     {
         f"{training}, {layer}": (color, marker or own_marker, size)
-        for layer, marker, size in (("run", "", 16), ("collapsed run", "X", 45), ("mean", "", 50), ("paper", "*", 110))
+        for layer, marker, size in LAYERS
         for (training, color), own_marker in zip(COLORS.items(), "so", strict=True)
     },
     orient="index",
@@ -43,9 +44,9 @@ def tradeoff_figure(points: pd.DataFrame, margin: float) -> Figure:
     """Test accuracy against energy ratio (`published`), a panel for each `title`, in as many columns as networks.
 
     Args:
-        points: a row a point, of standard training if lambda is 0. `layer` is "run", "collapsed run", "mean" (of a
-            setting; a line joins those of a path), "paper", `FRONT` (a line joins these) or `SELECTED` (a ring);
-            `floor` is where no ReLU fires. Collapsed runs below all else are drawn level with the lowest, and say so.
+        points: a row a point, of standard training if lambda is 0. `layer` is one of `LAYERS` ("trained on": standard
+            training that goes on; "mean": of a setting, joined by a line on a path), `FRONT` (joined by a line) or
+            `SELECTED` (a ring); `floor`: where no ReLU fires. Collapsed runs are at least level with all others.
         margin: accuracy below the mean of standard training that the shaded band reaches down.
     """
     training = points["lambda"].eq(0).map({True: STANDARD, False: AWARE})
@@ -67,9 +68,8 @@ def tradeoff_figure(points: pd.DataFrame, margin: float) -> Figure:
         steps = means[means["path"] != ""]
         for _, path in steps.groupby([key for key in SETTING if key not in ("lambda", "path", "epochs")]):
             path = pd.concat([means[(means["lambda"] == 0) & (means["path"] == "")], path.sort_values("total_epochs")])
-            axis.plot(
-                path[RATIO], path[ACCURACY], color=COLORS[AWARE], zorder=0.8, label="path, from the weights before"
-            )
+            looks = {"color": COLORS[AWARE], "zorder": 0.8, "label": "path, from the weights before"}
+            axis.plot(path[RATIO], path[ACCURACY], **looks)
         if len(front):
             axis.plot(front[RATIO], front[ACCURACY], color="0.4", linewidth=1.2, zorder=0.9, label=FRONT)
         if len(selected):
