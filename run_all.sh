@@ -64,7 +64,7 @@ if ! { [ -n "${VIRTUAL_ENV-}${CONDA_PREFIX-}" ] && works python; }; then
     [ -n "$base" ] || fail "Python 3.11 or newer is needed and none was found"
     echo "Setting up .venv with $("$base" --version): about 6 GB, some minutes, once."
     "$base" -m venv .venv || fail "'$base -m venv .venv' failed; on Debian and Ubuntu, install python3-venv"
-    .venv/bin/python -m pip install --quiet -r requirements.txt
+    .venv/bin/python -m pip install -r requirements.txt
     .venv/bin/python -m pip install --quiet --no-deps --editable .
     cp requirements.txt .venv/installed-requirements.txt
   fi

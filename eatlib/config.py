@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -332,12 +332,14 @@ def recipe(lambdas: Sequence[float], settings: dict[str, Any]) -> list[RunConfig
     Raises:
         ConfigError: a lambda or a setting that is not allowed.
     """
-    if not len(lambdas) or sorted({0, *lambdas}) != [0, *lambdas]:
-        raise ConfigError(f"lambdas = {list(lambdas)}: must be numbers above 0, each larger than the one before")
+    given = [*lambdas] if isinstance(lambdas, Iterable) else []
+    if not given or sorted({0, *given}) != [0, *given]:
+        allowed = "a list of numbers above 0, each larger than the one before"
+        raise ConfigError(f"lambdas = {given or lambdas}: must be {allowed}")
     if unknown := [name for name in settings if name not in (*RECIPE_FIELDS, "threads")]:
         raise ConfigError(f"unknown setting {unknown[0]!r}: must be one of {', '.join(RECIPE_FIELDS)}")
     values = {"schedule": "triangular", "epochs": 1, "learning_rate": 0.01, "sigma": 0.01} | settings
-    return [RunConfig.parse(values | {"lambda": lambda_}, "settings") for lambda_ in lambdas]
+    return [RunConfig.parse(values | {"lambda": lambda_}, "settings") for lambda_ in given]
 
 
 def explain(error: ValidationError, where: str, known: list[str]) -> str:

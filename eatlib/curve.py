@@ -39,18 +39,17 @@ def tradeoff(
 ) -> Iterator[Point]:
     """Fine-tune a copy of a trained classifier at one rising lambda after another, each from the one before.
 
-    Yields the model as it is, lambda 0, then each lambda's point. The model stays as it is.
+    Yields first the model as it is, which it stays, with lambda 0.
 
     Args:
         model: gives logits (N, classes), and has ReLUs; `eatlib.models.with_relus` can make some.
         train_batches, validation_batches: (inputs, labels), as often as asked for: a DataLoader, or a list.
         margin: the path ends with the first point whose accuracy has fallen by more than this share.
-        folder: keeps each step's weights, so that an interrupted path goes on with the first step that is missing. A
-            file is named by a hash of what it was made of, so that one folder serves any number of paths.
-        settings: of each step, `RECIPE_FIELDS` of `RunConfig`; defaults: `eatlib.config.recipe`.
+        folder: keeps each step's weights, by a hash of what made them: an interrupted path goes on, others share it.
+        settings: of each step: epochs (1), learning_rate (0.01), sigma (0.01), ..., all of `RECIPE_FIELDS`.
 
     Raises:
-        ValueError: an argument is not allowed, or no ReLU that the training could reach; before any work.
+        ValueError: an argument is not allowed, or no ReLU that the training could reach; at once.
     """
     configs = recipe(lambdas, {"threads": torch.get_num_threads()} | settings)
     if not 0 <= margin <= 1:
@@ -66,15 +65,18 @@ def tradeoff(
             if not penalty().requires_grad:
                 raise ValueError("the model's ReLUs do not depend on a parameter with requires_grad: nothing to train")
         steps = length_hint(train_batches) or sum(1 for _ in train_batches)
-    made_of = f"{weights_digest(state)} {steps} {first[0].shape}"
-    tried.load_state_dict(state)
-    yield (first := Point(0.0, state, *assess(tried, validation_batches)))
-    with tqdm(total=len(configs) * configs[0].epochs * steps, unit="step") as bar:
-        for number, config in enumerate(configs, 1):
-            made_of = hashlib.sha256(f"{made_of} {config.hash}".encode()).hexdigest()[:12]
-            file = Path(folder, f"lambda{config.lambda_:g}-{made_of}.safetensors") if folder else None
-            train_once(tried, file, partial(fine_tune, config, tried, train_batches, steps, bar))
-            bar.update(number * config.epochs * steps - bar.n)
-            yield (point := Point(config.lambda_, copy_weights(tried), *assess(tried, validation_batches)))
-            if first.accuracy - point.accuracy > margin:
-                return
+
+    def points(made_of: str) -> Iterator[Point]:
+        tried.load_state_dict(state)
+        yield (first := Point(0.0, state, *assess(tried, validation_batches)))
+        with tqdm(total=len(configs) * configs[0].epochs * steps, unit="step") as bar:
+            for number, config in enumerate(configs, 1):
+                made_of = hashlib.sha256(f"{made_of} {config.hash}".encode()).hexdigest()[:12]
+                file = Path(folder, f"lambda{config.lambda_:g}-{made_of}.safetensors") if folder else None
+                train_once(tried, file, partial(fine_tune, config, tried, train_batches, steps, bar))
+                bar.update(number * config.epochs * steps - bar.n)
+                yield (point := Point(config.lambda_, copy_weights(tried), *assess(tried, validation_batches)))
+                if first.accuracy - point.accuracy > margin:
+                    return
+
+    return points(f"{weights_digest(state)} {steps} {first[0].shape}")

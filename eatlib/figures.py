@@ -85,17 +85,6 @@ def tradeoff_figure(points: pd.DataFrame, margin: float) -> Figure:
     return finish(grid)
 
 
-def ways_figure(means: pd.DataFrame) -> Figure:
-    """Test accuracy against energy ratio, a panel for each `title`; a line for each `name`, in the rows' order."""
-    semantics = {"x": RATIO, "y": ACCURACY, "hue": "name", "style": "name", "col": "title"}
-    looks = {"kind": "line", "sort": False, "markers": True, "dashes": False, "markersize": 8}
-    grid = sns.relplot(means, **semantics, **looks, col_wrap=2, **PANELS)
-    grid.set_axis_labels(AXIS_NAMES[RATIO], AXIS_NAMES[ACCURACY]).set_titles("{col_name}")
-    for axis in grid.axes.flat:
-        axis.locator_params("x", nbins=6)
-    return finish(grid)
-
-
 def ablation_figure(runs: pd.DataFrame) -> Figure:
     """The paper's figure 3: test accuracy and energy ratio over lambda, a line a sigma, means over seeds.
 

@@ -187,8 +187,11 @@ def with_relus(model: nn.Module) -> nn.Module:
                 swapped[f"F.{value.__name__}"] += 1
         if isinstance(parent, nn.TransformerEncoderLayer) and parent.activation_relu_or_gelu == 2:
             parent.activation_relu_or_gelu = 1  # GELU was what its own kernel for evaluation applies
-    what = ", ".join(f"{count} {kind}" for kind, count in swapped.items()) or "nothing"
-    warnings.warn(f"{what} became ReLU: fine-tune; until then accuracy can be as low as chance", stacklevel=2)
+    what = ", ".join(f"{count} {kind}" for kind, count in swapped.items())
+    then = f"{what} became ReLU: fine-tune; until then accuracy can be as low as chance"
+    warnings.warn(
+        then if what else "nothing to swap was found; calls such as F.gelu(x) are yours to change", stacklevel=2
+    )
     return model
 
 

@@ -193,7 +193,9 @@ class ActivationPenalty(AbstractContextManager):
         if (normalization == "energy") != (costs is not None):
             raise ValueError(f"normalization = {normalization!r}: costs go with 'energy', and only with it")
         if hasattr(model, "_orig_mod"):
-            raise ValueError("the model is compiled: attach to the network that it was made from, then compile")
+            raise ValueError(
+                "the model is compiled: give the network that it was made from, and compile that afterwards"
+            )
         if model in _attached:
             raise ValueError("the model has an ActivationPenalty attached already: detach() that one first")
         self.layers = choose_layers(model, layers)
@@ -242,7 +244,8 @@ class ActivationPenalty(AbstractContextManager):
     def __repr__(self) -> str:
         penalty, model = getattr(self._penalty, "__name__", self._penalty), type(self._model).__name__
         facts = f"sigma={self._sigma:g}, normalization={self._normalization!r}"
-        return f"ActivationPenalty({penalty} of {len(self.layers)} modules of {model}, {facts})"
+        calls = " and its functional calls" if self._functional else ""
+        return f"ActivationPenalty({penalty} of {len(self.layers)} modules of {model}{calls}, {facts})"
 
     def detach(self) -> None:
         """Leave the model as it was; a second call does nothing."""

@@ -191,7 +191,8 @@ def test_a_folder_serves_other_paths_too(changes, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lambdas": []}, r"lambdas = \[\]: must be numbers above 0, each larger than the one before"),
+        ({"lambdas": []}, r"lambdas = \[\]: must be a list of numbers above 0, each larger than the one before"),
+        ({"lambdas": 6}, "lambdas = 6: must be a list"),
         ({"lambdas": [0, 1]}, r"lambdas = \[0, 1\]: must be"),
         ({"lambdas": [1, 4, 4]}, r"lambdas = \[1, 4, 4\]: must be"),
         ({"lambdas": [1, float("nan")]}, "lambda = nan: "),
@@ -215,7 +216,7 @@ def test_what_cannot_work_is_refused_before_any_work(changes, message):
     (model, batches), worked = functional(), []
     handle = model.register_forward_pre_hook(lambda *_: worked.append(1))
     with pytest.raises(ValueError, match=message) as caught:
-        next(tradeoff(model, **batches | SETTINGS | changes))
+        tradeoff(model, **batches | SETTINGS | changes)
     assert "\n" not in str(caught.value)
     assert not worked
     handle.remove()
@@ -333,7 +334,7 @@ def test_activations_are_swapped_wherever_they_are():
     assert kinds == ["Linear", "ReLU", "Linear", "ReLU", "ReLU", "Sigmoid", *["ReLU"] * 4, "Tanh", "Hardsigmoid"]
     assert model[1].inplace
     assert not model[7].inplace
-    with pytest.warns(UserWarning, match="nothing became ReLU"):
+    with pytest.warns(UserWarning, match="nothing to swap was found; calls such as F.gelu"):
         with_relus(model)
 
 

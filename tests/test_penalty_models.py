@@ -47,8 +47,8 @@ def test_functional_calls_are_layers():
         assert list(penalty.values()) == ["F.relu", "F.relu#2", "F.relu6", "F.relu#3"]
         assert sum(penalty.values().values()) / 4 == pytest.approx(value.item())
         assert (
-            repr(penalty)
-            == "ActivationPenalty(l0 of 0 modules of Functional, sigma=0.0001, normalization='layer_mean')"
+            repr(penalty) == "ActivationPenalty(l0 of 0 modules of Functional and its functional calls, sigma=0.0001, "
+            "normalization='layer_mean')"
         )
 
 

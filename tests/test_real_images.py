@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from eatlib import load
 from eatlib.config import RunConfig
 from eatlib.data import SOURCES, Data, _moments, load_data
-from eatlib.results import ROOT
+from eatlib.results import ROOT, RunResult
+from eatlib.training import evaluate
 
 GTSRB_TEST_COUNTS = [
     *(60, 720, 750, 450, 660, 630, 150, 450, 450, 480, 660, 420, 690, 720, 270, 210, 150, 360, 390, 60, 90),
@@ -62,3 +64,15 @@ def test_the_real_celeba_has_the_published_shares_of_its_attributes(real_images)
     shares = [(labels >> bit & 1).double().mean().item() for bit in (2, 1, 0)]
     assert shares == pytest.approx([0.387, 0.482, 0.483], abs=0.02)
     assert data.info.complete == (len(labels) == 162_770)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "results/reference").rglob("*.safetensors")), ids=lambda path: path.stem
+)
+def test_a_committed_network_does_what_its_result_says(real_images, path):
+    model, config = load(path)
+    test = load_real(real_images, config.dataset)[0].test[:2000]
+    found, whole = evaluate(model, test), RunResult.load(path.with_suffix(".json")).test
+    assert found.accuracy == pytest.approx(whole.accuracy, abs=0.03)
+    for accounting, energy in found.energy.items():
+        assert energy.ratio == pytest.approx(whole.energy[accounting].ratio, abs=0.01)
