@@ -324,7 +324,7 @@ def test_compiled(backend, fullgraph):
             value = penalty()
             (F.cross_entropy(logits, labels) + 2 * value).backward()
     assert_same((value, gradients(model)), expected)
-    with pytest.raises(ValueError, match="then compile"):
+    with pytest.raises(ValueError, match="the model is compiled: give the network that it was made from"):
         ActivationPenalty(compiled)
 
 
