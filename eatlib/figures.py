@@ -68,20 +68,21 @@ def tradeoff_figure(points: pd.DataFrame, margin: float) -> Figure:
         steps = means[means["path"] != ""]
         for _, path in steps.groupby([key for key in SETTING if key not in ("lambda", "path", "epochs")]):
             path = pd.concat([means[(means["lambda"] == 0) & (means["path"] == "")], path.sort_values("total_epochs")])
-            looks = {"color": COLORS[AWARE], "zorder": 0.8, "label": "path, from the weights before"}
-            axis.plot(path[RATIO], path[ACCURACY], **looks)
+            axis.plot(path[RATIO], path[ACCURACY], c=COLORS[AWARE], zorder=0.8, label="path, from the weights before")
         if len(front):
             axis.plot(front[RATIO], front[ACCURACY], color="0.4", linewidth=1.2, zorder=0.9, label=FRONT)
         if len(selected):
             axis.scatter(selected[RATIO], selected[ACCURACY], s=140, c="none", edgecolor="black", label=SELECTED)
         named = pd.concat([front, selected]).query("`lambda` > 0").drop_duplicates([RATIO, ACCURACY])
         keys = {"lambda", *(key for key in ("sigma", "warmup_epochs") if len(named[key].unique()) > 1)}
-        for point in named.to_dict("records"):
-            axis.annotate(setting_text(point, keys), (point[RATIO], point[ACCURACY]), **NAME)
-        for ratio, accuracy in below.loc[below["title"] == title, [RATIO, ACCURACY]].to_numpy():
-            axis.text(ratio, own[ACCURACY].min(), f"    ↓ {accuracy:.2f}", va="center", fontsize=8)
-        axis.set(xlabel=AXIS_NAMES[RATIO], ylabel=AXIS_NAMES[ACCURACY], title=title)
-        axis.margins(0.12)
+        named = named.assign(text=[setting_text(point, keys) for point in named.to_dict("records")]).sort_values(RATIO)
+        apart = named.groupby("text")[RATIO].diff().fillna(1) > 0.03  # of like points of two paths, one is named
+        for point in named[apart].to_dict("records"):
+            axis.annotate(point["text"], (point[RATIO], point[ACCURACY]), **NAME)
+        if len(lost := below[below["title"] == title]):
+            least = f"    ↓ {lost[ACCURACY].min():.2f}"
+            axis.text(lost[RATIO].max(), own[ACCURACY].min(), least, va="center", fontsize=8)
+        axis.set(xlabel=AXIS_NAMES[RATIO], ylabel=AXIS_NAMES[ACCURACY], title=title, xmargin=0.12, ymargin=0.12)
     return finish(grid)
 
 
@@ -153,8 +154,7 @@ def finish(grid: sns.FacetGrid) -> Figure:
     """Put one legend for all panels below them."""
     figure, entries = grid.figure, {}
     for axis in grid.axes.flat:
-        handles, texts = axis.get_legend_handles_labels()
-        entries |= dict(zip(texts, handles, strict=True))
+        entries |= {handle.get_label(): handle for handle in axis.get_legend_handles_labels()[0]}
     grid.legend.remove()
     width = max(6.6, figure.get_figwidth())
     figure.set(layout_engine="constrained", size_inches=(width, figure.get_figheight() + 0.9))

@@ -166,7 +166,7 @@ class EnergyMeter:
             raise EnergyError(f"accounting = {accounting!r}: must be one of {', '.join(self._sums)}")
         batches, rows, uncounted = self._sums[accounting]
         if not any(row.inputs for row in rows.values()):
-            raise EnergyError(f"the {accounting} accounting saw no batch in the meter, or no layer that multiplies")
+            raise EnergyError(f"the {accounting} accounting saw no {'layer that multiplies' if batches else 'batch'}")
         return EnergyReport(accounting, self.hardware, list(batches.values()), list(rows.values()), list(uncounted))
 
     def firing(self) -> list[tuple[str, str, float]]:
