@@ -222,7 +222,7 @@ def test_of_a_part_of_a_study_only_whole_ways_are_compared(tmp_path, monkeypatch
     assert seeds["l1"] == {0, 1}
     said = "PARTIAL: 11 of the study's 12 runs have a result"
     assert said in notebook["said"]
-    assert all(said in (tmp_path / "made-up" / f"{name}.md").read_text() for name in ("rivals", "together"))
+    assert all(said in (tmp_path / "made-up" / f"{name}.md").read_text() for name in ("rivals", "together", "verdict"))
 
 
 def test_a_study_in_which_nothing_is_whole_yet_says_so(tmp_path, monkeypatch, made_up):
