@@ -84,6 +84,11 @@ def to_int8(model: nn.Module, images: Tensor) -> nn.Module:
     return converted
 
 
+def calibration_images(images: Tensor) -> Tensor:
+    """Evenly from all images: the first ones can be of one class, as GTSRB's are."""
+    return images[:: max(1, len(images) // CALIBRATION)][:CALIBRATION]
+
+
 def measure(model: nn.Module, split: Split, batch_size: int) -> dict[str, Any]:
     """Accuracy, and energy in each accounting that sees a layer; `weights` that are not zero are read once a batch."""
     with EnergyMeter(model) as meter:
@@ -102,7 +107,7 @@ def treat(
     model: nn.Module, treatment: dict[str, Any], data: Data, chosen: Callable[[], dict[float, list[float]]], size: int
 ) -> dict[str, Any]:
     """Measure a copy of the model after a treatment; `chosen` are the model's own thresholds."""
-    model, images = copy.deepcopy(model), data.train.images[:CALIBRATION]
+    model, images = copy.deepcopy(model), calibration_images(data.train.images)
     with ExitStack() as stack:
         if "pruned" in treatment:
             prune_weights(model, treatment["pruned"], images)

@@ -51,6 +51,14 @@ def trained(tmp_path_factory):
     return folder
 
 
+def test_images_for_calibration_come_from_all_classes():
+    """Batch norm's statistics of one class alone, the first in files that are sorted, would ruin the network."""
+    taken = derive["calibration_images"](torch.arange(3 * derive["CALIBRATION"] + 50))
+    assert len(taken) == derive["CALIBRATION"]
+    assert taken[-1] >= 3 * (derive["CALIBRATION"] - 1)
+    assert derive["calibration_images"](torch.arange(9)).tolist() == [*range(9)]
+
+
 def test_each_treatment_is_done_once_and_counted(trained, monkeypatch, capsys):
     known = derive["main"].__globals__
     treatments = [{"thresholds": 0.2}, {"pruned": 0.0}, {"pruned": 0.5}, {"pruned": 0.5, "thresholds": 0.2}]
