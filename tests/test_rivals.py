@@ -210,15 +210,17 @@ def test_who_is_not_clearly_ahead_is_no_winner(notebook):
     assert not clear
 
 
-def test_a_way_that_lacks_a_network_or_a_seed_is_ranked_on_what_all_have(notebook):
+def test_networks_that_lack_a_way_are_not_compared_nor_ways_or_seeds_that_not_all_have(notebook):
+    concat, ranking = notebook["pd"].concat, notebook["ranking"]
     volumes = notebook["volumes"][notebook["volumes"]["measure"] == "joules, fused"]
-    more = volumes[volumes["way"] != "l1"].assign(title="another")
-    ranks = notebook["ranking"](notebook["pd"].concat([volumes, more]))
-    assert "l1" not in ranks
+    undone = volumes[volumes["way"] != "l1"].assign(title="not done", hypervolume=99.0)
+    assert ranking(concat([volumes, undone])).to_dict() == ranking(volumes).to_dict()
+    ranks = ranking(concat([volumes, volumes.assign(title="another", way=volumes["way"].replace("l1", "l2"))]))
+    assert not {"l1", "l2"} & {*ranks.index}
     assert "thresholds" in ranks
     lucky = volumes[(volumes["way"] != "l1") | (volumes["seed"] == 0)].copy()
     lucky.loc[lucky["seed"] == 1, "hypervolume"] = 99.0
-    assert notebook["ranking"](lucky).to_dict() == notebook["ranking"](volumes[volumes["seed"] == 0]).to_dict()
+    assert ranking(lucky).to_dict() == ranking(volumes[volumes["seed"] == 0]).to_dict()
 
 
 def test_of_a_part_of_a_study_only_whole_ways_are_compared(tmp_path, monkeypatch, made_up):
