@@ -8,6 +8,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
+from eatlib.config import PENALTY_FIELDS
 from eatlib.hardware import ACCOUNTINGS, HARDWARE
 from eatlib.results import ROOT
 from eatlib.tables import SETTING, setting_text
@@ -73,11 +74,12 @@ def tradeoff_figure(points: pd.DataFrame, margin: float) -> Figure:
             axis.plot(front[RATIO], front[ACCURACY], color="0.4", linewidth=1.2, zorder=0.9, label=FRONT)
         if len(selected):
             axis.scatter(selected[RATIO], selected[ACCURACY], s=140, c="none", edgecolor="black", label=SELECTED)
-        named = pd.concat([front, selected]).query("`lambda` > 0").drop_duplicates([RATIO, ACCURACY])
-        keys = {"lambda", *(key for key in ("sigma", "warmup_epochs") if len(named[key].unique()) > 1)}
+        named = pd.concat([selected, front]).query("`lambda` > 0").drop_duplicates([RATIO, ACCURACY])
+        keys = {"lambda", *(key for key in PENALTY_FIELDS if len(named[key].unique()) > 1)}
         named = named.assign(text=[setting_text(point, keys) for point in named.to_dict("records")]).sort_values(RATIO)
-        apart = named.groupby("text")[RATIO].diff().fillna(1) > 0.03  # of like points of two paths, one is named
-        for point in named[apart].to_dict("records"):
+        like = "text" if keys == {"lambda"} else "title"  # of like points of two paths, or of near long names, one is named
+        apart = named.groupby(like)[RATIO].diff().fillna(1) > 0.03
+        for point in named[apart | (named["layer"] == SELECTED)].to_dict("records"):
             axis.annotate(point["text"], (point[RATIO], point[ACCURACY]), **NAME)
         if len(lost := below[below["title"] == title]):
             least = f"    ↓ {lost[ACCURACY].min():.2f}"

@@ -269,9 +269,8 @@ class StudyResults:
 
         With lambda 0 the penalty's fields have their defaults, so that standard training is one group. `path` has the
         lambdas of the runs from which a run started, the first one first; `total_epochs` and `total_seconds` count
-        theirs too.
-        `test_relu_firing` is the mean over ReLUs of their firing share; `collapsed`: macro accuracy at most 5 % of the
-        way from chance to perfect.
+        theirs too. `test_relu_firing` is the mean over ReLUs of their firing share; `collapsed`: macro accuracy at
+        most 5 % of the way from chance to perfect.
 
         Args:
             hardware: prices for the energies; None: those of each run's configuration.

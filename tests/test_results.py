@@ -4,12 +4,13 @@ import json
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from eatlib import steps
+from eatlib import steps, tables
 from eatlib.config import Block, RunConfig, Study
 from eatlib.hardware import Hardware
-from eatlib.results import ResultError, RunResult, StudyResults, computing, git_state, write_atomically
+from eatlib.results import ROOT, ResultError, RunResult, StudyResults, computing, git_state, write_atomically
 
 
 def test_save_and_load_give_the_same_result(tmp_path, make_result):
@@ -173,3 +174,13 @@ def test_git_state_is_of_this_repository():
     else:
         assert len(commit) == 40
         assert isinstance(clean, bool)
+
+
+def test_patterns_of_layers_survive_markdown():
+    text = tables.markdown(pd.DataFrame({"layers": ["features.relu*, a|b"]}))
+    assert text.splitlines()[-1] == "| features.relu\\*, a\\|b |"
+
+
+def test_the_papers_decreases_follow_from_its_ratios():
+    for paper in pd.read_csv(ROOT / "results" / "reference" / "paper.csv", comment="#").itertuples():
+        assert 100 * (1 - paper.eat_ratio / paper.st_ratio) == pytest.approx(paper.energy_decrease_percent, abs=0.02)

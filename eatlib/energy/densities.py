@@ -67,8 +67,7 @@ def densities(model: nn.Module, batches: Iterable[Any]) -> "pd.DataFrame":
     whose factors both are `inputs`. What `fused` lists as not counted is not in the table.
 
     The counts are sums over all batches, by the `fused` accounting: `inputs` without padding, `weights` without biases,
-    `outputs` as they are written, after normalisation, activation and pooling, `macs` with padding. A density is a
-    quotient.
+    `outputs` as written, after normalisation, activation and pooling, `macs` with padding. A density is a quotient.
 
     Args:
         batches: as for `energy_report`.
