@@ -8,7 +8,6 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from eatlib.config import PENALTY_FIELDS
 from eatlib.hardware import ACCOUNTINGS, HARDWARE
 from eatlib.results import ROOT
 from eatlib.tables import SETTING, setting_text
@@ -32,6 +31,7 @@ MARKS = pd.DataFrame.from_dict(
     orient="index",
     columns=["palette", "markers", "sizes"],
 )
+NAMED_BY = ("penalty", "penalty_normalization", "sigma", "warmup_epochs")
 FRONT, SELECTED = "Pareto front", "selected on validation"
 NAME = {"xytext": (-5, 5), "textcoords": "offset points", "ha": "right", "va": "center", "fontsize": 8, "zorder": 6}
 NAME |= {"rotation": -45, "rotation_mode": "anchor", "path_effects": [withStroke(linewidth=2, foreground="white")]}
@@ -75,12 +75,12 @@ def tradeoff_figure(points: pd.DataFrame, margin: float) -> Figure:
         if len(selected):
             axis.scatter(selected[RATIO], selected[ACCURACY], s=140, c="none", edgecolor="black", label=SELECTED)
         named = pd.concat([selected, front]).query("`lambda` > 0").drop_duplicates([RATIO, ACCURACY])
-        keys = {"lambda", *(key for key in PENALTY_FIELDS if len(named[key].unique()) > 1)}
+        keys = {"lambda", *(key for key in NAMED_BY if len(named[key].unique()) > 1)}
         named = named.assign(text=[setting_text(point, keys) for point in named.to_dict("records")]).sort_values(RATIO)
-        like = "text" if keys == {"lambda"} else "title"  # of like points of two paths, or of near long names, one is named
-        apart = named.groupby(like)[RATIO].diff().fillna(1) > 0.03
-        for point in named[apart | (named["layer"] == SELECTED)].to_dict("records"):
-            axis.annotate(point["text"], (point[RATIO], point[ACCURACY]), **NAME)
+        apart = named.groupby("text")[RATIO].diff().fillna(1) > 0.03  # of like points of two paths, one is named
+        shown, break_ = (named["layer"] == SELECTED, "\n") if len(keys) > 2 else (apart, ", ")  # long names: one
+        for point in named[shown].to_dict("records"):
+            axis.annotate(point["text"].replace(", ", break_), (point[RATIO], point[ACCURACY]), **NAME)
         if len(lost := below[below["title"] == title]):
             least = f"    ↓ {lost[ACCURACY].min():.2f}"
             axis.text(lost[RATIO].max(), own[ACCURACY].min(), least, va="center", fontsize=8)
