@@ -11,9 +11,10 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from eatlib import RunConfig, load, load_data
-from eatlib.data import Data, Split
+from eatlib.data import Data, Split, training_batches
 from eatlib.energy import ACCOUNTINGS, EnergyError, EnergyMeter
 from eatlib.models import count_parameters
 from eatlib.results import Energy, StudyResults, provenance, write_atomically
@@ -37,7 +38,8 @@ LOSSES = (0.005, LOSS, 0.02, 0.05)
 OTHERS: list[dict[str, Any]] = [{"pruned": share} for share in (0.0, 0.3, 0.5, 0.7)]
 OTHERS += [{"int8": True}, {"pruned": 0.5, "thresholds": LOSS, "int8": True}]
 """`pruned` is the share of all weights; int8 comes last."""
-CALIBRATION = 2048  # training images for batch norm's statistics and for the ranges of int8
+CALIBRATION = 2048  # training images for the ranges of int8
+BATCHES = 24  # of training images, for batch norm's statistics
 
 
 def losses_of(config: RunConfig) -> tuple[float, ...]:
@@ -50,16 +52,19 @@ def treatments(config: RunConfig) -> list[dict[str, Any]]:
     return [{"thresholds": loss} for loss in losses_of(config)] + OTHERS
 
 
-def prune_weights(model: nn.Module, share: float, images: Tensor) -> None:
+def prune_weights(model: nn.Module, share: float, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Make the smallest weights of all convolutions and linear layers zero, then take batch norm's statistics anew.
 
     A share of 0 does only the latter, so that one can tell which of the two changed something.
+
+    Args:
+        batches: as training has them, augmented and of all classes, on which the statistics depend.
     """
     weights = [(module, "weight") for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     prune.global_unstructured(weights, prune.L1Unstructured, amount=share)
     for module, name in weights:
         prune.remove(module, name)
-    update_bn(images.split(256), model)
+    update_bn(batches, model)
 
 
 def to_int8(model: nn.Module, images: Tensor) -> nn.Module:
@@ -104,19 +109,25 @@ def measure(model: nn.Module, split: Split, batch_size: int) -> dict[str, Any]:
 
 
 def treat(
-    model: nn.Module, treatment: dict[str, Any], data: Data, chosen: Callable[[], dict[float, list[float]]], size: int
+    model: nn.Module,
+    treatment: dict[str, Any],
+    data: Data,
+    config: RunConfig,
+    chosen: Callable[[], dict[float, list[float]]],
 ) -> dict[str, Any]:
     """Measure a copy of the model after a treatment; `chosen` are the model's own thresholds."""
     model, images = copy.deepcopy(model), calibration_images(data.train.images)
     with ExitStack() as stack:
         if "pruned" in treatment:
-            prune_weights(model, treatment["pruned"], images)
+            generator = torch.Generator().manual_seed(config.seed)
+            batches = training_batches(data.train, config.batch_size, config.augmentation, generator)
+            prune_weights(model, treatment["pruned"], islice(batches, BATCHES))
         if loss := treatment.get("thresholds"):
             own = find_thresholds(model, data.validation, [loss]) if "pruned" in treatment else chosen()
             stack.enter_context(thresholded(model, own[loss]))
         if "int8" in treatment:  # with the thresholds, which the export sees
             model = to_int8(model, images)
-        return {name: measure(model, getattr(data, name), size) for name in ("validation", "test")}
+        return {name: measure(model, getattr(data, name), config.energy_batch_size) for name in ("validation", "test")}
 
 
 def main(folder: Path) -> None:
@@ -144,7 +155,7 @@ def main(folder: Path) -> None:
             chosen = cache(
                 lambda model=model, data=data, losses=losses: find_thresholds(model, data.validation, losses)
             )
-        after = treat(model, treatment, data, chosen, config.energy_batch_size)
+        after = treat(model, treatment, data, config, chosen)
         facts = {"wall_seconds": time.perf_counter() - began, "parameters": count_parameters(model)}
         record = {"run": name, "hash": config.hash, "treatment": treatment, **after}
         record["provenance"] = provenance("cpu", **facts).model_dump()
