@@ -335,6 +335,9 @@ def test_the_tradeoff_has_means_front_ring_floor_and_the_papers_points(tradeoff)
     near = points.assign(test_published_ratio=points["test_published_ratio"] + 0.01)  # as of another path
     (axis,) = figures.tradeoff_figure(pd.concat([points, near]), 0.03).axes
     assert sorted(text.get_text().strip() for text in axis.texts) == ["λ 1", "λ 2", "λ 5", "↓ 0.50"]
+    words = points["lambda"].map("made-up {:g}".format)  # long names of many penalties: of the selected one alone
+    (axis,) = figures.tradeoff_figure(points.assign(penalty=words, penalty_normalization=words), 0.03).axes
+    assert [text.get_text().split("\n")[0].strip() for text in axis.texts] == ["λ 2", "↓ 0.50"]
 
 
 def test_what_is_not_there_is_not_in_the_legend(tradeoff):
