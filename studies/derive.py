@@ -52,13 +52,13 @@ def treatments(config: RunConfig) -> list[dict[str, Any]]:
     return [{"thresholds": loss} for loss in losses_of(config)] + OTHERS
 
 
-def prune_weights(model: nn.Module, share: float, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+def prune_weights(model: nn.Module, share: float, batches: Iterable[Tensor | tuple[Tensor, Tensor]]) -> None:
     """Make the smallest weights of all convolutions and linear layers zero, then take batch norm's statistics anew.
 
     A share of 0 does only the latter, so that one can tell which of the two changed something.
 
     Args:
-        batches: as training has them, augmented and of all classes, on which the statistics depend.
+        batches: images, alone or with labels, as training has them: augmented and of all classes.
     """
     weights = [(module, "weight") for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     prune.global_unstructured(weights, prune.L1Unstructured, amount=share)

@@ -133,7 +133,7 @@ def test_pruning_makes_its_share_of_the_weights_zero_and_lowers_both_accountings
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 10)), torch.rand(4, 3, 8, 8)
     pruned = copy.deepcopy(model)
-    derive["prune_weights"](pruned, 0.5, x)
+    derive["prune_weights"](pruned, 0.5, [x])
     before, after = totals(model, x), totals(pruned, x)
     weights = 8 * 3 * 9 + 10 * 8 * 36
     for name in before:
@@ -146,7 +146,7 @@ def test_pruning_makes_its_share_of_the_weights_zero_and_lowers_both_accountings
 def test_pruning_takes_batch_norms_statistics_anew():
     torch.manual_seed(0)
     model, x = build_model("resnet18", classes=3, image_size=8, width=0.0625), torch.rand(8, 3, 8, 8)
-    derive["prune_weights"](model, 0.5, x)
+    derive["prune_weights"](model, 0.5, [x])
     with torch.no_grad():
         mean = model.conv1(model.normalize(x)).mean((0, 2, 3))
     torch.testing.assert_close(model.bn1.running_mean, mean)
