@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import runpy
+import shutil
 
 import IPython.display
 import matplotlib as mpl
@@ -220,7 +221,7 @@ def test_smaller_networks_are_compared_with_standard_training_in_one_piece_too(n
     assert notebook["way"](configs[0]) == "where all start"
     assert notebook["way"](RunConfig.parse(configs[0].to_dict() | {"epochs": 5})) == "smaller networks"
     assert "n one piece" not in notebook["said"]
-    assert "smaller networks save 4%, the paper's penalty 1% (fused)" in notebook["said"]  # .9642 and .9898 of ST
+    assert "smaller networks 4%, l0, σ 0.0001 1%." in notebook["said"]  # .9642 and .9898 of ST
     wide = everything[(everything["way"] == "smaller networks") & (everything["width"] < 0.125)]
     energies = wide[[*notebook["ENERGIES"].values()]] * (0.8 / 0.45)
     wide = wide.assign(run="wide", width=0.125, test_accuracy=0.92, validation_accuracy=0.92, **energies)
@@ -231,8 +232,31 @@ def test_smaller_networks_are_compared_with_standard_training_in_one_piece_too(n
     area = 0.5 * 0.01 / 2 / (0.03 * 0.8)
     assert notebook["in_one_piece"]("ratio, published", BOTH) == pytest.approx(100 * area, rel=2e-3)
     said = notebook["of_smaller_networks"]()[0]
-    assert "they have 21.9% (fused) and 21.9% (published)" in said
+    assert "smaller networks 21.9% and 21.9%, " in said
     assert said.endswith("10.4%.")
+
+
+def test_a_smaller_network_may_have_a_path_of_its_own(tmp_path, monkeypatch, made_up, make_result):
+    """From its own standard training; then it is a way, and what EAT saves there is beside what it saves alone."""
+    results, derived, _ = made_up
+    for seed in (0, 1):
+        common = {"width": 0.0625, "seed": seed}
+        first = make_result(accuracy=0.8, ratio=0.9, epochs=2, **common)
+        values = [{"accuracy": 0.885, "ratio": 0.4, "epochs": 3}, {"accuracy": 0.88, "ratio": 0.25, "lambda": 1}]
+        results += [first, *(make_result(start=first.config_hash, **common, **value) for value in values)]
+    shutil.rmtree(tmp_path / "made-up")
+    names = make_study(tmp_path / "made-up", [result.config for result in results])
+    derived = [record | {"run": names[record["hash"]]} for record in derived]
+    notebook = executed(tmp_path, monkeypatch, results, derived, names)
+    both = "l0, σ 0.0001, 50% as wide"
+    own = notebook["everything"][notebook["everything"]["way"] == both]
+    assert own["test_published_ratio"].tolist() == pytest.approx(2 * [0.8] + 2 * [0.4, 0.25])
+    assert f"before {both} by" in notebook["verdict"]("joules, published")
+    assert both not in notebook["verdict"]("ratio, published"), "a ratio cannot see what it saves"
+    saved = notebook["together"].set_index("treatment")["saved"]
+    assert saved[["as it is", "50% as wide"]].tolist() == pytest.approx([12.5, 100 * (1 - 0.25 / 0.4)])
+    assert {row["lambda"] for row in notebook["victims"]} == {0, 1}
+    assert len(notebook["victims"]) == 2, "whose weights the study keeps"
 
 
 def test_who_is_not_clearly_ahead_is_no_winner(notebook):
