@@ -1,6 +1,7 @@
 """What keeps the house small and its pages true: sizes, the order of imports, and what README and docs say."""
 
 import ast
+import json
 import re
 import runpy
 import subprocess
@@ -82,6 +83,18 @@ def test_the_readme_says_how_many_runs_a_study_has():
     assert {"quick", "paper", "ablation"} <= said.keys()
     for name, runs in said.items():
         assert len(Study.load(ROOT / "studies" / f"{name}.yaml").runs()) == int(runs), name
+
+
+def test_what_is_saved_against_standard_training_as_long_is_what_the_notebook_says():
+    """The README's and the results' two numbers for CIFAR-10, which no table has."""
+    text = (ROOT / "notebooks" / "2_tradeoff.ipynb").read_text(encoding="utf-8")
+    outputs = [output for cell in json.loads(text)["cells"] for output in cell.get("outputs", [])]
+    said = " ".join(str(output.get("data", {}).get("text/markdown")) for output in outputs)
+    saved = re.findall(r"which saves ([\d.]+)%", said)
+    assert len(saved) == 2
+    for page in PAGES[0], ROOT / "docs" / "results.md":
+        text = page.read_text(encoding="utf-8")
+        assert all(re.search(rf"{number} ?%", text) for number in saved), page.name
 
 
 def snippets() -> list:
