@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -44,6 +45,9 @@ def test_committed_weights_are_small_and_those_of_the_results_beside_them():
     assert max(sizes, default=0) <= 6e6
     for path in paths:
         assert load(path)[1].hash == RunResult.load(path.with_suffix(".json")).config_hash
+    attacked = pd.read_csv(ROOT / "results" / "reference" / "rivals" / "attack.csv")
+    selected = {*attacked.loc[attacked["lambda"] > 0, "run"]}  # as docs/library.md says
+    assert selected <= {path.stem for path in paths}
 
 
 def test_imports_point_up_the_reading_order():
