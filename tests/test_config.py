@@ -245,12 +245,12 @@ def test_all_penalties_start_from_the_standard_training_of_their_seed():
         while first.start:
             first = runs[first.start]
         if run.lambda_ > 0:
-            cell = run.dataset, run.model, run.seed
+            cell = run.dataset, run.model, run.seed, run.width
             starts.setdefault(cell, set()).add(first.hash)
             kind = run.penalty, run.sigma, run.penalty_normalization
             ends.setdefault((*cell, kind), []).append(run.epochs)
-            assert (first.lambda_, first.seed, first.width) == (0, run.seed, 0.25)
-    assert len(starts) == 2 * 2 * 3
+            assert (first.lambda_, first.seed, first.width) == (0, run.seed, run.width)
+    assert len(starts) == 2 * 2 * 3 * 2  # half as wide: the paper's penalty alone
     assert all(len(hashes) == 1 for hashes in starts.values())
     assert {(dataset, len(steps), *set(steps)) for (dataset, *_), steps in ends.items()} == {
         ("cifar10", 3, 2),
