@@ -186,6 +186,20 @@ def test_hypervolumes_by_hand(notebook):
     assert volumes["joules, fused", "l0, σ 0.0001"] == pytest.approx(100 * fused / area, rel=2e-3)
 
 
+def test_paths_are_measured_from_the_standard_training_of_their_seed_smaller_networks_from_the_mean(notebook):
+    everything, standard = notebook["everything"].copy(), notebook["standard"].copy()
+    for table in everything, standard:
+        table.loc[table["seed"] == 1, ["validation_accuracy", "test_accuracy"]] += 0.01
+    volumes = notebook["hypervolumes"](everything, standard, notebook["ENERGIES"]).set_index(["measure", "way", "seed"])
+    own = volumes.sort_index().loc["ratio, published", "hypervolume"]
+    assert own["l1", 0] == pytest.approx(own["l1", 1])
+    apart = 100 * (0.35 * 0.01) / (0.03 * 0.8)  # of its line, from .45 to .8, by .01
+    assert own["smaller networks", 1] - own["smaller networks", 0] == pytest.approx(apart, rel=2e-3)
+    bounds = notebook["summary"].set_index("way")["lower_bound"]
+    assert bounds[["l1", "smaller networks"]].all(), "they end above the margin"
+    assert not bounds["l0, σ 0.0001"]
+
+
 def test_points_are_chosen_on_validation_images(tmp_path, monkeypatch, made_up, make_result):
     """What is cheap and, on test images alone, accurate is neither taken nor part of the area."""
     results, derived, names = made_up
