@@ -47,6 +47,7 @@ def test_committed_weights_are_small_and_those_of_the_results_beside_them():
         assert load(path)[1].hash == RunResult.load(path.with_suffix(".json")).config_hash
     attacked = pd.read_csv(ROOT / "results" / "reference" / "rivals" / "attack.csv")
     selected = {*attacked.loc[attacked["lambda"] > 0, "run"]}  # as docs/library.md says
+    assert selected
     assert selected <= {path.stem for path in paths}
 
 
@@ -87,6 +88,13 @@ def test_the_readme_says_how_many_runs_a_study_has():
     assert {"quick", "paper", "ablation"} <= said.keys()
     for name, runs in said.items():
         assert len(Study.load(ROOT / "studies" / f"{name}.yaml").runs()) == int(runs), name
+
+
+def test_the_first_table_says_which_runs_have_how_many_epochs():
+    """As in studies/table1.yaml; that the tables are what the notebook writes is tested in test_tradeoff."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "12 (ST), 2 (each λ), 10 (ST going on) epochs on cifar10" in text
+    assert "6 (ST), 2 (each λ) epochs on gtsrb" in text
 
 
 def test_what_is_saved_against_standard_training_as_long_is_what_the_notebook_says():
