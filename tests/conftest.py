@@ -1,11 +1,12 @@
 """Results made up for tests: real in form, invented in content."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from eatlib.config import RunConfig
+from eatlib.config import RunConfig, Study
 from eatlib.results import RunResult
 
 
@@ -95,3 +96,16 @@ def made_up_result(
 def make_result() -> Callable[..., RunResult]:
     """`made_up_result`, for tests that need results but no training."""
     return made_up_result
+
+
+@pytest.fixture(scope="session")
+def make_study() -> Callable[[Path, Sequence[RunConfig]], dict[str, str]]:
+    """Makes a folder with a study of some runs; gives their file names by hash."""
+
+    def make(folder: Path, runs: Sequence[RunConfig]) -> dict[str, str]:
+        study = Study(name=folder.name, label="a label", blocks=[{"fixed": run.to_dict()} for run in runs])
+        folder.mkdir()
+        (folder / "study.yaml").write_text(study.to_yaml())
+        return {run.hash: name for name, run in study.runs().items()}
+
+    return make
