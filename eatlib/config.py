@@ -245,14 +245,14 @@ class Study(Record):
     blocks: list[Block] = Field(min_length=1)
 
     @classmethod
-    def load(cls, path: Path) -> "Study":
+    def load(cls, path: str | Path) -> "Study":
         """Read and validate a study file, all its runs included.
 
         Raises:
             ConfigError: the file is not there, is not YAML, or has an unknown field, a value out of range, ...
         """
         try:
-            values = {"name": path.stem, **yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)}  # a safe loader
+            values = {"name": Path(path).stem, **yaml.load(Path(path).read_text("utf-8"), _UniqueKeys)}  # a safe loader
         except Exception as error:  # YAML makes dates and long numbers of a text, which can raise anything
             reason = " ".join(str(error).split())
             raise ConfigError(f"{path}: not a readable YAML file ({reason})") from None

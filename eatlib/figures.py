@@ -66,7 +66,7 @@ def tradeoff_figure(points: pd.DataFrame, margin: float) -> Figure:
         for floor in own["floor"].dropna().unique():
             axis.axvline(floor, color="0.5", linestyle="--", linewidth=1, zorder=0.9, label="no ReLU fires")
         means = own[own["layer"] == "mean"]
-        steps = means[means["path"] != ""]
+        steps = means[(means["path"] != "") & ~means.duplicated([*{*SETTING} - {"lambda"}], keep=False)]  # on a path
         for _, path in steps.groupby([key for key in SETTING if key not in ("lambda", "path", "epochs")]):
             path = pd.concat([means[(means["lambda"] == 0) & (means["path"] == "")], path.sort_values("total_epochs")])
             axis.plot(path[RATIO], path[ACCURACY], c=COLORS[AWARE], zorder=0.8, label="path, from the weights before")

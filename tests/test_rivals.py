@@ -152,6 +152,8 @@ def test_smaller_networks_are_compared_with_standard_training_in_one_piece_too(n
     everything, configs = notebook["everything"], [result.config for result in made_up[0]]
     assert notebook["way"](configs[0]) == "where all start"
     assert notebook["way"](RunConfig.parse(configs[0].to_dict() | {"epochs": 5})) == "smaller networks"
+    assert notebook["way"](configs[2]) == "l0, σ 0.0001"
+    assert notebook["way"](RunConfig.parse(configs[2].to_dict() | {"epochs": 3})) == "l0, σ 0.0001, no path"  # as ST
     assert "n one piece" not in notebook["said"]
     assert "smaller networks 75%; l0, σ 0.0001 0%." in notebook["said"]  # it has a quarter of the weights
     wide = everything[(everything["way"] == "smaller networks") & (everything["width"] < 0.125)]

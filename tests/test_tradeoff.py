@@ -240,16 +240,16 @@ def test_a_path_is_a_line_from_standard_training_and_counts_all_its_epochs(trade
             values = {"lambda": weight, "seed": seed, "start": before, "epochs": 3}
             extra.append(values | {"accuracy": accuracy, "ratio": ratio})
             before = make_result(**({"width": 0.0625} | values)).config_hash
-    runs = {0: RUNS[0], 4: [(0.89, 0.65)] * 2}
-    known = tradeoff(runs, extra=extra)
+    known = tradeoff({0: RUNS[0], 4: [(0.89, 0.65)] * 2}, extra=extra)
     assert row_of(known)["path"] == "0, 2", "the step, not the run from nothing"
     listed = known["listed"].set_index(["lambda", "path"])["total_epochs"].to_dict()
     assert listed == {(0, ""): 1, (4, ""): 1, (2, "0"): 4, (4, "0, 2"): 7}
-    (axis,) = figures.tradeoff_figure(known["points"], 0.03).axes
+    apart = known["points"].query("path == '0' and layer == 'mean'").assign(epochs=6)  # two λ, each from ST: no path
+    points = pd.concat([known["points"], apart, apart.assign(**{"lambda": 4.0})])
+    (axis,) = figures.tradeoff_figure(points, 0.03).axes
     (path,) = [line for line in axis.get_lines() if str(line.get_label()).startswith("path")]
     assert list(path.get_xdata()) == pytest.approx([0.79, 0.7, 0.6])
-    text = known["text"]["penalty"].tolist()
-    assert text[1:] == [
+    assert known["text"]["penalty"].tolist()[1:] == [
         "λ 4, σ 0.0001, from nothing, 1 epochs",
         *(f"λ {weight}, σ 0.0001, after λ {before}, 3 epochs" for weight, before in ((2, "0"), (4, "0, 2"))),
     ]
