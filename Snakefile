@@ -12,7 +12,7 @@ study = open_study(config.get("study", "quick"))
 folder = config.get("folder", f"results/{study.name}")
 runs = StudyResults.load(folder, study).configs
 
-if os.environ.get(steps.PARENT) == str(os.getppid()):  # not in a job on another machine
+if steps.PARENT in os.environ and workflow.is_main_process:  # not in a job, which may be on another machine
     steps.end_with_parent()
 os.environ[steps.PARENT] = str(os.getpid())
 

@@ -267,3 +267,9 @@ def test_all_penalties_start_from_the_standard_training_of_their_seed():
             before = runs[run.start].epochs if run.start else 0
             longest.setdefault(run.dataset, set()).add(before + run.epochs)
     assert longest == {"cifar10": {8 + 3 * 2}, "gtsrb": {4 + 3 * 1}}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_study_of_the_repository_is_valid_and_its_runs_have_names_of_their_own(path):
+    names = Study.load(path).runs()
+    assert len({run.hash for run in names.values()}) == len(names)

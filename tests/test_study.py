@@ -216,8 +216,7 @@ def test_while_a_runner_is_at_work_another_says_so_and_after_its_end_goes_on(pro
     while not executions(project):
         time.sleep(0.1)
     second = run(project, "toy")
-    assert second.returncode == 2
-    assert second.stderr == f"error: another runner is at work on {project}/results/toy\n"
+    assert (second.returncode, second.stderr) == (2, f"error: another runner is at work on {project}/results/toy\n")
     family = runner.children(recursive=True)
     runner.send_signal(sign)
     _, alive = psutil.wait_procs(family, timeout=8)
@@ -227,6 +226,15 @@ def test_while_a_runner_is_at_work_another_says_so_and_after_its_end_goes_on(pro
         assert "the next call resumes the rest" in runner.stderr.read()
     training.write_text(training.read_text().replace("sleep(1000)", "sleep(0.2)"))
     assert run(project, "toy").returncode == 0
+
+
+def test_an_engine_whose_runner_was_killed_while_it_started_ends(project):
+    runner = psutil.Popen([sys.executable, "-m", "eatlib.study", "toy"], cwd=project, env=environment(project))
+    while not (engine := [child for child in runner.children() if "--snakefile" in child.cmdline()]):
+        time.sleep(0.01)
+    runner.kill()
+    _, alive = psutil.wait_procs(engine, timeout=30)
+    assert executions(project) == alive == []
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_result(tmp_path):
@@ -383,17 +391,10 @@ def test_on_slurm_each_run_is_a_job_with_what_the_profile_says(project, tmp_path
     path = f"{programs}{os.pathsep}{os.environ['PATH']}"
     done = run(project, "toy", *options, PATH=path, STANDIN=str(jobs))
     assert done.returncode == 0, done.stderr + (project / "results/toy/log/snakemake.log").read_text()
-    assert len(executions(project)) == 4
     calls = [path.read_text().splitlines() for path in jobs.iterdir()]
-    assert len(calls) == 4
+    assert len(executions(project)) == len(calls) == 4
     for call in calls:
         for option, value in (("-p", "gpu"), ("-t", "720"), ("--mem", "16000"), ("-D", str(project))):
             assert call[call.index(option) + 1] == value
         assert {"--cpus-per-task=1", "--gpus=1"} <= set(call)
         assert call[call.index("--output") + 1].startswith(f"{project}/results/slurm/")
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_study_of_the_repository_is_valid_and_its_runs_have_names_of_their_own(path):
-    names = Study.load(path).runs()
-    assert len({run.hash for run in names.values()}) == len(names)
