@@ -230,7 +230,7 @@ def test_while_a_runner_is_at_work_another_says_so_and_after_its_end_goes_on(pro
 
 def test_an_engine_whose_runner_was_killed_while_it_started_ends(project):
     runner = psutil.Popen([sys.executable, "-m", "eatlib.study", "toy"], cwd=project, env=environment(project))
-    while not (engine := [child for child in runner.children() if "--snakefile" in child.cmdline()]):
+    while not ((project / "results/toy/log/snakemake.log").exists() and (engine := runner.children())):
         time.sleep(0.01)
     runner.kill()
     _, alive = psutil.wait_procs(engine, timeout=30)
