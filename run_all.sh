@@ -42,9 +42,9 @@ case ${1-} in
 esac
 if [ "$action" = run ]; then
   while [ $# -gt 0 ]; do
+    case $1 in --results=*) set -- --results "${1#*=}" "${@:2}" ;; esac
     if [ "$1" = --results ]; then [ $# -gt 1 ] || fail "--results needs a folder"; arguments+=("$1" "$(absolute "$2")"); shift
-    else arguments+=("$1"); fi
-    shift
+    else arguments+=("$1"); fi; shift
   done
 fi
 

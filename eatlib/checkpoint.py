@@ -1,10 +1,8 @@
 """What survives a process: the checkpoint of a run that is not done, and the weights of one that is."""
 
-import hashlib
 import io
 import json
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -96,21 +94,6 @@ def copy_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """A model's state on the CPU, each tensor in memory of its own."""
     whole = torch.contiguous_format
     return {name: x.detach().cpu().clone(memory_format=whole) for name, x in model.state_dict().items()}
-
-
-def weights_digest(state: dict[str, torch.Tensor]) -> str:
-    """12 hex digits of a SHA-256 over the names, types, shapes and values of weights."""
-    return hashlib.sha256(safetensors.torch.save(state)).hexdigest()[:12]
-
-
-def train_once(model: nn.Module, path: Path | None, train: Callable[[], None]) -> None:
-    """Train a model and keep its weights at `path`; if they are there already, the model gets them instead."""
-    if path and path.exists():
-        model.load_state_dict(safetensors.torch.load_file(path))
-        return
-    train()
-    if path:
-        write_atomically(path, safetensors.torch.save(copy_weights(model)))
 
 
 def load_start(model: ImageClassifier, config: RunConfig, path: Path | None) -> None:

@@ -3,18 +3,19 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
-from functools import partial
 from operator import length_hint
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from eatlib.checkpoint import copy_weights, train_once, weights_digest
+from eatlib.checkpoint import copy_weights
 from eatlib.config import recipe
 from eatlib.energy import EnergyReport
+from eatlib.results import write_atomically
 from eatlib.training import assess, attach_penalty, fine_tune
 
 
@@ -58,8 +59,9 @@ def tradeoff(
     with torch.random.fork_rng([]):
         for name, batches in {"validation_batches": validation_batches, "train_batches": train_batches}.items():
             first = None if hasattr(batches, "__next__") else next(iter(batches), None)
-            if not isinstance(first, (tuple, list)) or [isinstance(part, Tensor) for part in first] != [True, True]:
-                raise ValueError(f"{name}: must be a DataLoader or a list, no iterator, of (inputs, labels)")
+            pair = isinstance(first, (tuple, list)) and [isinstance(part, Tensor) for part in first] == [True, True]
+            if not pair or first[1].dim() != 1:
+                raise ValueError(f"{name}: must be a DataLoader or a list, no iterator, of (inputs, labels (N,))")
         with attach_penalty(configs[0], tried.train(), first[0].to(device)) as penalty:
             tried(first[0].to(device))
             if not penalty().requires_grad:
@@ -73,10 +75,15 @@ def tradeoff(
             for number, config in enumerate(configs, 1):
                 made_of = hashlib.sha256(f"{made_of} {config.hash}".encode()).hexdigest()[:12]
                 file = Path(folder, f"lambda{config.lambda_:g}-{made_of}.safetensors") if folder else None
-                train_once(tried, file, partial(fine_tune, config, tried, train_batches, steps, bar))
+                if file and file.exists():
+                    tried.load_state_dict(safetensors.torch.load_file(file))
+                else:
+                    fine_tune(config, tried, train_batches, steps, bar)
+                    if file:
+                        write_atomically(file, safetensors.torch.save(copy_weights(tried)))
                 bar.update(number * config.epochs * steps - bar.n)
                 yield (point := Point(config.lambda_, copy_weights(tried), *assess(tried, validation_batches)))
                 if first.accuracy - point.accuracy > margin:
                     return
 
-    return points(f"{weights_digest(state)} {steps} {first[0].shape}")
+    return points(f"{hashlib.sha256(safetensors.torch.save(state)).hexdigest()[:12]} {steps} {first[0].shape}")

@@ -162,7 +162,7 @@ class ActivationPenalty(AbstractContextManager):
             "parameters": the sum over all elements of a sample over the model's parameters, as the mean over the
             batch (the paper's text); "energy": each layer weighted by its entry in `costs`.
         share: of each batch's images, the first ones, that the penalty is taken on. As batches are shuffled, it is an
-            unbiased estimate of the whole, and costs less.
+            unbiased estimate of the whole (not of "hoyer"), and costs less.
         costs: for "energy": by layer call, energy of one non-zero element as a share of the energy of one image
             without zero-skipping (`eatlib.energy.activation_cost` times its number of images). With "l0", the sum
             over the layers of `layers="relu"` is then a smooth estimate of the activations' part of the energy ratio.
@@ -205,13 +205,13 @@ class ActivationPenalty(AbstractContextManager):
         self._parameters = count_parameters(model)
         self._terms: dict[str, Tensor] = {}
         self._latest: dict[str, Tensor] = {}
-        self._over = self._fused = False
+        self._over = self._fused = self._plain = False
         self._thread: int | None = None  # that is in the model
         self._layer: str | None = None  # that is being called
         self._functions, self._functional = _Functions(self), layers == "relu"
         leaves = leaf_modules(model)
         self._names = {leaves[name]: name for name in self.layers}
-        self._handles = [model.register_forward_pre_hook(self._start)]
+        self._handles = [model.register_forward_pre_hook(self._start, with_kwargs=True)]
         for leaf in self._names:
             self._handles += [leaf.register_forward_pre_hook(self._enter), leaf.register_forward_hook(self._leave)]
         self._handles += [model.register_forward_hook(self._end, always_call=True)]
@@ -262,18 +262,20 @@ class ActivationPenalty(AbstractContextManager):
         """A copy, which the hooks of a copied model have, pickled or not, is attached to nothing."""
         return {"_model": None, "_names": {}}
 
-    def _start(self, module: nn.Module, _: Any) -> None:
+    def _start(self, module: nn.Module, inputs: Any, keywords: Any) -> None:
         if module is not self._model:  # but its copy, or its replica on another device
             return
         if self._thread not in (None, _thread()):
             raise RuntimeError("the model runs in two threads at once, whose activations the penalty cannot tell apart")
         self._end(self._model, None, None)  # of a pass that was interrupted
+        if not module.training:
+            return
         self._terms, self._over, self._layer = {}, False, None
-        self._thread, self._with_gradient = _thread() if module.training else None, torch.is_grad_enabled()
+        self._thread, self._with_gradient = _thread(), torch.is_grad_enabled()
+        self._images = next((len(x) for x in (*inputs, *keywords.values()) if isinstance(x, Tensor) and x.dim()), None)
         # torch.compile makes one kernel of ReLU and its penalty by itself, and cannot trace `_ReLU`.
         self._fused = self._functional and self._penalty is l0 and not torch.compiler.is_compiling()
-        if module.training:
-            self._functions.__enter__()
+        self._functions.__enter__()
 
     def _end(self, module: nn.Module, _: Any, output: Any) -> None:
         if module is self._model and self._thread == _thread():
@@ -281,42 +283,42 @@ class ActivationPenalty(AbstractContextManager):
             self._functions.__exit__(None, None, None)
 
     def _enter(self, leaf: nn.Module, _: Any) -> None:
-        self._layer = self._names.get(leaf)
+        self._layer, self._plain = self._names.get(leaf), type(leaf).forward is nn.ReLU.forward
 
     def _leave(self, leaf: nn.Module, _: Any, output: Any) -> None:
-        if leaf in self._names and self._model.training and not (self._fused and type(leaf).forward is nn.ReLU.forward):
+        if leaf in self._names and self._model.training and not (self._fused and self._plain):
             if not isinstance(output, Tensor):
                 kind = type(output).__name__
                 raise TypeError(f"{self._names[leaf]} returns {kind}, no tensor: name other layers in `layers`")
-            self._add(self._names[leaf], output, isinstance(leaf, nn.ReLU))
+            self._add(self._names[leaf], output, self._plain)
         self._layer = None
 
     def _add(self, name: str, x: Tensor, keeps: bool) -> None:
         """Penalise the output of a layer's call; `keeps`: its own gradient needs it, so that nothing overwrites it."""
-        if self._share < 1:
-            x = x[: self._count(x)]
-        self._store(name, self._penalty(x if keeps else x.clone(), self._sigma), x)
+        part = x[: self._count(x)] if self._share < 1 else x
+        self._store(name, self._penalty(part if keeps else part.clone(), self._sigma), part, x)
 
     def _count(self, x: Tensor) -> int:
         return max(1, round(self._share * len(x)))
 
-    def _store(self, name: str, value: Tensor, x: Tensor) -> None:
+    def _store(self, name: str, value: Tensor, part: Tensor, x: Tensor) -> None:
         if self._thread is None:  # what gradient checkpointing computes once more, later, is no new pass
             return
         if self._with_gradient and not torch.is_grad_enabled():
             raise RuntimeError(f"{name} runs without gradients: leave it out, or checkpoint with use_reentrant=False")
         calls = sum(label.partition("#")[0] == name for label in self._terms)
         label = f"{name}#{calls + 1}" if calls else name
-        self._terms[label] = value.float() * self._weight(label, x)
+        self._terms[label] = value.float() * self._weight(label, part, x)
 
-    def _weight(self, label: str, x: Tensor) -> float:
+    def _weight(self, label: str, part: Tensor, x: Tensor) -> float:
         if self._normalization == "layer_mean":
-            return 1 / x.numel()
+            return 1 / part.numel()
+        images = len(part) * (self._images or len(x)) / len(x)  # (N, T, F) may be (N T, F) inside the model
         if self._normalization == "parameters":
-            return 1 / (len(x) * self._parameters)
+            return 1 / (images * self._parameters)
         if label not in self._costs:
             raise ValueError(f"costs has no entry for {label}; it has {', '.join(self._costs)}")
-        return self._costs[label] / len(x)
+        return self._costs[label] / images
 
 
 def _thread() -> int:
@@ -335,12 +337,12 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         penalty, keywords, name = self._penalty, keywords or {}, ZERO_FUNCTIONS.get(function)
-        if penalty._fused and name == "F.relu":
+        if penalty._fused and name == "F.relu" and (penalty._layer is None or penalty._plain):
             x = arguments[0] if arguments else keywords["input"]
             inplace = function in (torch.relu_, Tensor.relu_) or keywords.get("inplace", arguments[1:2] == (True,))
             inside = inplace and not x._is_view()  # autograd lets no function with two outputs write into a view
             output, value = _ReLU.apply(x, inside, penalty._sigma, penalty._count(x))
-            penalty._store(penalty._layer or name, value, output[: penalty._count(x)])
+            penalty._store(penalty._layer or name, value, output[: penalty._count(x)], output)
             return x.copy_(output) if inplace and not inside else output
         output = function(*arguments, **keywords)
         if name and penalty._functional and penalty._layer is None:

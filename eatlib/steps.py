@@ -54,17 +54,18 @@ def train(folder: Path, name: str, *, for_weights: bool = False) -> None:
     config, before = configs[name], predecessor(configs, configs[name])
     result, weights = folder / f"{name}.json", folder / f"{name}.safetensors"
     work, notebook = folder / "work" / name, folder / "notebooks" / f"{name}.ipynb"
-    start = folder / f"{before}.safetensors" if before else None
-    for path in (work, notebook.parent):
+    start, gpus = folder / f"{before}.safetensors" if before else None, local_gpus()
+    for path in (work.parent, notebook.parent):
         path.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "work" / f"{name}.lock"):
         if (weights if for_weights else result).exists():
             return
+        work.mkdir(exist_ok=True)  # by which others see that the weights it starts from are needed
         if start and not start.exists():
             train(folder, before, for_weights=True)
         notebook.unlink(missing_ok=True)
         os.environ |= {"OMP_NUM_THREADS": str(config.threads), "JUPYTER_PREFER_ENV_PATH": "1"}
-        with gpu_of_its_own(config, local_gpus()) as gpu:
+        with gpu_of_its_own(config, gpus) as gpu:
             if gpu is not None:
                 os.environ["CUDA_VISIBLE_DEVICES"] = gpu
             papermill.execute_notebook(
@@ -86,8 +87,9 @@ def train(folder: Path, name: str, *, for_weights: bool = False) -> None:
             finished.replace(result)
         shutil.rmtree(work)
         for run in filter(None, (None if for_weights else name, before)):
-            needed = (folder / f"{other}.json" for other in configs if configs[other].start == configs[run].hash)
-            if not configs[run].save_weights and all(path.exists() for path in needed):
+            after = (other for other in configs if configs[other].start == configs[run].hash)
+            over = ((folder / f"{other}.json").exists() and not (folder / "work" / other).exists() for other in after)
+            if not configs[run].save_weights and all(over):
                 (folder / f"{run}.safetensors").unlink(missing_ok=True)
 
 
@@ -147,9 +149,9 @@ def local_gpus() -> list[str]:
 
 @contextmanager
 def gpu_of_its_own(config: RunConfig, gpus: list[str]) -> Iterator[str | None]:
-    """Hold one of `gpus` that no other run on this machine holds; None if the run may use none, or there are none."""
+    """Hold one of `gpus` that no run of this machine or Slurm job holds; None if the run may use none or has none."""
     for gpu in itertools.cycle(gpus if config.device in ("auto", "cuda") else []):
-        lock = Path(tempfile.gettempdir()) / f"eatlib-{os.getuid()}-gpu-{gpu}.lock"
+        lock = Path(tempfile.gettempdir()) / f"eatlib-{os.getuid()}-gpu-{os.environ.get('SLURM_JOB_ID', '')}-{gpu}.lock"
         with suppress(Timeout), FileLock(lock, timeout=0.5):
             yield gpu
             return

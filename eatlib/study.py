@@ -167,7 +167,7 @@ def run(name: str, arguments: argparse.Namespace, options: list[str]) -> int:
         logs = {name: folder / "log" / f"{name}.log" for name in (*found.configs, "figures", "snakemake")}
         for name in (*found.missing, "figures"):
             logs[name].unlink(missing_ok=True)
-        status = run_engine(folder, found, options)
+        drawn = not (status := run_engine(folder, found, options))
         undone = [name for name in found.configs if not (folder / f"{name}.json").exists()]
         if failed := [name for name in undone if logs[name].exists()]:
             for name in failed:
@@ -176,11 +176,12 @@ def run(name: str, arguments: argparse.Namespace, options: list[str]) -> int:
             print(f"{len(failed)} runs failed; the next call runs only these again", file=sys.stderr)
             if waiting := len(undone) - len(failed):
                 print(f"{waiting} runs were not tried, as they start from these", file=sys.stderr)
-            subprocess.run([sys.executable, "-m", "eatlib.steps", "draw", str(folder)], capture_output=True)
+            draw = [sys.executable, "-m", "eatlib.steps", "draw", str(folder)]
+            drawn = not subprocess.run(draw, capture_output=True).returncode
         elif status:
             words = " | ".join(last_words(logs[name]) for name in ("figures", "snakemake") if logs[name].exists())
             print(f"error: figures or the engine failed: {words}\nsee {folder}/log/", file=sys.stderr)
-        if (folder / "table.md").exists():
+        if drawn and (folder / "table.md").exists():
             print(f"\n{(folder / 'table.md').read_text(encoding='utf-8')}")
             print(f"figures, tables and {folder}/tradeoff.html are in {folder}")
     return min(status, 2) if status >= 0 else 1

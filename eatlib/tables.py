@@ -58,8 +58,8 @@ def mean_std(table: pd.DataFrame, column: str, form: str = "{:.3f}", absent: str
     return [" ± ".join(form.format(value) for value in pair if pd.notna(value)) or absent for pair in pairs]
 
 
-def hypervolume(curve: pd.DataFrame, energy: str, most: float, least: float) -> float:
-    """The area, of energy and test accuracy, under the lines through a curve's points.
+def hypervolume(curve: pd.DataFrame, energy: str, most: float, least: float, lines: bool = True) -> float:
+    """The area, of energy and test accuracy, under the lines through a curve's points, or else under steps.
 
     A point on a line is what one gets by running some images on the one network, the rest on the other. Points that
     another beats in both, by its accuracy on validation images, are left out.
@@ -71,6 +71,8 @@ def hypervolume(curve: pd.DataFrame, energy: str, most: float, least: float) -> 
     curve = curve.sort_values(energy)
     front = curve[curve["validation_accuracy"] > curve["validation_accuracy"].cummax().shift(fill_value=-1)]
     places = (np.arange(10_000) + 0.5) * most / 10_000
+    if not lines:
+        places = np.r_[0, front[energy]][np.searchsorted(front[energy], places, side="right")]
     return most * np.interp(places, front[energy], front["test_accuracy"], left=least).clip(least).mean() - most * least
 
 

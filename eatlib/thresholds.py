@@ -50,7 +50,7 @@ def find_thresholds(
     """For each loss of accuracy, the thresholds of the largest share that costs no more of it.
 
     `share_thresholds` of the first 512 images are tried, in steps, until the largest loss is passed. Leaves the model
-    in evaluation mode.
+    in evaluation mode; ValueError: it calls no ReLU.
 
     Args:
         losses: of accuracy on the validation images, such as 0.01 for one point.
@@ -62,7 +62,8 @@ def find_thresholds(
         return (logits.argmax(1) == validation.labels.to(logits.device)).double().mean().item()
 
     images = validation.images[:512].to(next(model.parameters()).device)
-    values = share_thresholds(model.eval(), images, 0)
+    if not (values := share_thresholds(model.eval(), images, 0)):
+        raise ValueError("the model calls no ReLU or ReLU6, behind which a threshold could be")
     whole, found = accuracy(values), dict.fromkeys(losses, values)
     for index in range(1, round(1 / step)):
         values = share_thresholds(model, images, index * step)
@@ -91,7 +92,8 @@ class _Thresholds(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         output = function(*arguments, **(keywords or {}))
-        if self._calls is None or ZERO_FUNCTIONS.get(function) not in ("F.relu", "F.relu6"):
+        relu6 = function is F.hardtanh and (keywords or {}).get("min_val") == 0  # which nn.ReLU6 calls
+        if self._calls is None or not (relu6 or ZERO_FUNCTIONS.get(function) in ("F.relu", "F.relu6")):
             return output
         if self._share is not None:
             positive = output[output > 0]

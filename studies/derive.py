@@ -34,7 +34,7 @@ from eatlib.training import predict
 
 LOSS = 0.01
 LOSSES = (0.005, LOSS, 0.02, 0.05)
-"""Of validation accuracy, that thresholds may cost: the first for every network, all for standard training."""
+"""Of validation accuracy, that thresholds may cost: `LOSS` for every network, all for standard training."""
 OTHERS: list[dict[str, Any]] = [{"pruned": share} for share in (0.0, 0.3, 0.5, 0.7)]
 OTHERS += [{"int8": True}, {"pruned": 0.5, "thresholds": LOSS, "int8": True}]
 """`pruned` is the share of all weights; int8 comes last."""
@@ -142,15 +142,11 @@ def main(folder: Path) -> None:
         print(f"no weights, left out: {', '.join(missing)}", file=sys.stderr)
     todo = [(name, t) for name in kept if name not in missing for t in treatments(kept[name].config)]
     todo = [(name, t) for name, t in todo if (kept[name].config_hash, json.dumps(t)) not in lines]
-    loaded: dict[str, Data] = {}
     network = ""
     for name, treatment in tqdm(todo, unit="treatment"):
         began, config = time.perf_counter(), kept[name].config
-        if config.dataset not in loaded:
-            loaded = {config.dataset: load_data(config)}
-        data = loaded[config.dataset]
         if name != network:
-            network, model = name, load(folder / f"{name}.json")[0]
+            network, model, data = name, load(folder / f"{name}.json")[0], load_data(config)
             losses = losses_of(config)
             chosen = cache(
                 lambda model=model, data=data, losses=losses: find_thresholds(model, data.validation, losses)

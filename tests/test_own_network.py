@@ -195,6 +195,7 @@ def test_a_folder_serves_other_paths_too(changes, tmp_path):
         ({"lambdas": 6}, "lambdas = 6: must be a list"),
         ({"lambdas": [0, 1]}, r"lambdas = \[0, 1\]: must be"),
         ({"lambdas": [1, 4, 4]}, r"lambdas = \[1, 4, 4\]: must be"),
+        ({"lambdas": ["1"]}, r"lambdas = \['1'\]: must be"),
         ({"lambdas": [1, float("nan")]}, "lambda = nan: "),
         ({"epochs": -1}, "epochs = -1: "),
         ({"learning_rate": 0}, "learning_rate = 0: "),
@@ -207,6 +208,10 @@ def test_a_folder_serves_other_paths_too(changes, tmp_path):
             r"train_batches: must be a DataLoader or a list, no iterator, of \(inputs, ",
         ),
         ({"validation_batches": []}, "validation_batches: must be a DataLoader or a list"),
+        (
+            {"validation_batches": [(torch.rand(2, 3), torch.zeros(2, 1))]},
+            r"validation_batches: must be .*labels \(N,\)",
+        ),
         ({"train_batches": [{"images": 1, "labels": 2}]}, "train_batches: must be"),
         ({"train_batches": [(torch.ones(2), torch.ones(2), torch.ones(2))]}, "train_batches: must be"),
     ],

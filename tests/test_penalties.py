@@ -145,14 +145,37 @@ def test_in_place_relus_of_views():
     assert_same(by_penalty(model, x, labels, sigma=1e-2), by_plain_hooks(model, x, labels, sigma=1e-2))
 
 
-def test_a_kind_of_relu_with_a_forward_of_its_own():
-    class Clamp(nn.ReLU):
+@pytest.mark.parametrize("forward", [lambda x: x.clamp(0), F.relu, lambda x: F.relu(x) * 2], ids=["clamp", "relu", "2"])
+def test_a_kind_of_relu_with_a_forward_of_its_own(forward):
+    """Its output is penalised, once, whatever it calls."""
+
+    class Own(nn.ReLU):
         def forward(self, x: Tensor) -> Tensor:
-            return x.clamp(0)
+            return forward(x)
 
     torch.manual_seed(0)
-    model, x, labels = nn.Sequential(nn.Linear(6, 8), Clamp()), torch.randn(5, 6), torch.arange(5)
+    model, x, labels = nn.Sequential(nn.Linear(6, 8), Own()), torch.randn(5, 6), torch.arange(5)
     assert_same(by_penalty(model, x, labels, sigma=1e-2), by_plain_hooks(model, x, labels, sigma=1e-2))
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize("keyword", [False, True])
+def test_a_model_may_put_more_than_its_batch_into_the_first_dimension(share, keyword):
+    """(N, T, F) as (N T, F) inside: sums are of an image all the same."""
+
+    class Folded(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return plain(x.flatten(0, 1))
+
+    torch.manual_seed(0)
+    x, values, plain, folded = torch.randn(4, 3, 6), [], nn.Sequential(nn.Linear(6, 8), nn.ReLU()), Folded()
+    folded.plain = plain
+    for model in (folded, plain):
+        for normalization, costs in {"parameters": None, "energy": {"plain.1": 0.5, "1": 0.5}}.items():
+            with ActivationPenalty(model, share=share, normalization=normalization, costs=costs) as penalty:
+                model(x=x) if keyword and model is folded else model(x)
+                values.append(penalty().item())
+    assert values[:2] == pytest.approx(values[2:])
 
 
 def test_a_function_of_ones_own():
@@ -216,8 +239,10 @@ def test_only_the_latest_whole_training_pass_counts_and_only_once():
         with torch.no_grad():
             model(images)
             assert torch.equal(penalty(), first)
+        model(images)
         model.eval()
         model(images)
+        assert torch.equal(penalty(), first), "in evaluation mode nothing is attached"
         with pytest.raises(RuntimeError, match="training mode"):
             penalty()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -16,9 +15,8 @@ import psutil
 import pytest
 import yaml
 
-from eatlib import steps
 from eatlib import study as studies
-from eatlib.config import RunConfig, Study
+from eatlib.config import Study
 from eatlib.results import ROOT, StudyResults
 
 TOY_TRAINING = """
@@ -327,6 +325,17 @@ def test_what_is_no_result_of_the_run_is_set_aside_and_the_run_done(project, mak
     assert executions(project) == [names[0], names[1], "digits_resnet18_lambda1_seed0"]
 
 
+def test_a_table_of_before_is_not_shown_for_figures_that_failed(project):
+    write_study(project, seed=[0])
+    notebook(project / "notebooks" / "2_tradeoff.ipynb", "study = results = ''", "raise ValueError('no figure')")
+    (project / "results" / "toy").mkdir(parents=True)
+    (project / "results" / "toy" / "table.md").write_text("|old|")
+    done = run(project, "toy")
+    assert done.returncode == 1
+    assert "figures or the engine failed: ValueError: no figure" in done.stderr
+    assert "|old|" not in done.stdout
+
+
 def test_a_dry_run_says_what_why_and_how_long_and_changes_nothing(project, make_result, capsys):
     folder = project / "results" / "toy"
     study = Study.load(project / "studies" / "toy.yaml")
@@ -344,28 +353,6 @@ def test_a_dry_run_says_what_why_and_how_long_and_changes_nothing(project, make_
 
 
 # --- where runs go ------------------------------------------------------------------------------------------------
-
-
-def test_runs_at_the_same_time_have_a_gpu_each(monkeypatch, tmp_path):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0, 1,GPU-7,-1,x")
-    monkeypatch.setattr(steps.tempfile, "gettempdir", lambda: str(tmp_path))
-    assert steps.local_gpus() == ["0", "1", "GPU-7"]
-    held, barrier = [], threading.Barrier(3)
-
-    def hold() -> None:
-        with steps.gpu_of_its_own(RunConfig(), ["0", "1", "GPU-7"]) as gpu:
-            held.append(gpu)
-            barrier.wait(timeout=10)
-
-    threads = [threading.Thread(target=hold) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(held) == ["0", "1", "GPU-7"]
-    for config, gpus in ((RunConfig(device="cpu"), ["0"]), (RunConfig(), [])):
-        with steps.gpu_of_its_own(config, gpus) as gpu:
-            assert gpu is None
 
 
 STAND_INS = {

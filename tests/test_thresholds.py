@@ -94,6 +94,16 @@ def test_the_largest_share_within_each_loss_is_found():
     assert found == {0.05: [0.0], 0.1: [1.0], 0.25: [2.0], 0.5: [5.0]}
 
 
+def test_a_relu6_module_has_a_threshold_and_a_model_without_relus_is_refused():
+    relu6 = nn.Sequential(identity(2)[0], nn.ReLU6())
+    assert share_thresholds(relu6, torch.tensor([[1.0, 2], [3, 9]]), 0.5) == [2.0]
+    with torch.no_grad(), thresholded(relu6, [2.0]):
+        assert relu6(torch.tensor([[2.0, 3], [-1, 9]])).tolist() == [[0, 3], [0, 6]]
+    smooth = nn.Sequential(identity(2)[0], nn.GELU())
+    with pytest.raises(ValueError, match="calls no ReLU"):
+        find_thresholds(smooth, Split(torch.rand(4, 2), torch.zeros(4, dtype=torch.int64)), [0.1])
+
+
 @pytest.mark.parametrize("accounting", ["published", "fused"])
 def test_the_energy_report_sees_the_zeros(accounting):
     model = nn.Sequential(*identity(4), nn.Linear(4, 1))

@@ -26,13 +26,10 @@ def count_nonzero(x: Tensor) -> int | Tensor:
     return elements.size - sum(int(np.count_nonzero(np.abs(part) <= ZERO)) for part in parts)
 
 
-def tensors(arguments: object) -> list[Tensor]:
+def tensors(value: object) -> list[Tensor]:
     """The tensors in nested tuples, lists and dicts."""
-    if isinstance(arguments, Tensor):
-        return [arguments]
-    if isinstance(arguments, dict):
-        arguments = tuple(arguments.values())
-    return [x for part in arguments for x in tensors(part)] if isinstance(arguments, (tuple, list)) else []
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return [value] if isinstance(value, Tensor) else [x for part in parts for x in tensors(part)]
 
 
 @dataclass

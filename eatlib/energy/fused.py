@@ -19,7 +19,7 @@ It applies batch norm, activations and all else up to the next layer that multip
 
 from collections import Counter
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -67,7 +67,7 @@ class Value:
     """What a tensor is to the accelerator; views and casts of it are the same value."""
 
     producer: int  # index of the row that computed it, up to any element-wise work since; -1: the network's input
-    layers: tuple[str, ...] = ()  # the leaf module calls that it passed through since
+    layers: Counter[str] = field(default_factory=Counter)  # leaf module calls since, by their share of it
     written: bool = False  # to memory
 
 
@@ -100,7 +100,7 @@ class ForwardPass(TorchDispatchMode):
         self.images = len(inputs[0])
         self.rows: dict[Accounting, list[Row]] = {"published": [], "fused": []}
         self.uncounted: dict[Accounting, dict[str, None]] = {"published": {}, "fused": {}}
-        self.uses: list[tuple[tuple[str, ...], int, int]] = []
+        self.uses: list[tuple[Counter[str], int, int]] = []
         # By memory, then by part of it, until an operator writes to that memory; None: the latest value there.
         self._counts: WeakKeyDictionary[UntypedStorage, dict[Hashable, int | Tensor]] = WeakKeyDictionary()
         self._values: WeakKeyDictionary[UntypedStorage, dict[Hashable, Value]] = WeakKeyDictionary()
@@ -129,7 +129,7 @@ class ForwardPass(TorchDispatchMode):
                     self.uncounted["published"][f"{name}: operations of {kind}"] = None
                 for x in tensors(output):
                     if value := self._value(x):
-                        value.layers += (name,)
+                        value.layers = Counter({**value.layers, name: 1})
             if not self.running:  # the model itself has returned
                 if any(x.isnan().any() for x in tensors(output)):
                     raise EnergyError("the model's output holds NaN, which has no energy: look at images and weights")
@@ -170,6 +170,10 @@ class ForwardPass(TorchDispatchMode):
         if kind == "product":
             self._multiply(operator, arguments, output)
             value = Value(len(self.rows["fused"]) - 1)
+        elif operator in ("cat", "stack"):
+            value = Value(value.producer)
+            for y, part in operands:
+                value.layers.update({layer: share * y.numel() / output.numel() for layer, share in part.layers.items()})
         elif kind != "move":
             value = Value(value.producer, value.layers)
         for y in tensors(output):

@@ -227,8 +227,8 @@ def activation_cost(model: nn.Module, images: Tensor, hardware: str | Hardware) 
     """
     meter = meter_batches(EnergyMeter(model, hardware=hardware), [images])
     cost: Counter[str] = Counter()
-    for layers, accesses, macs in meter._pass.uses:
-        cost.update(dict.fromkeys(layers, meter.hardware.joules(accesses, macs)))
+    for shares, accesses, macs in meter._pass.uses:
+        cost.update({layer: share * meter.hardware.joules(accesses, macs) for layer, share in shares.items()})
     dense = meter.report("fused").batches[0].joules(meter.hardware, dense=True)
     return {row.name: cost[row.name] / row.outputs / dense for row in meter._pass.rows["published"] if row.outputs}
 
