@@ -96,6 +96,35 @@ def test_hypervolumes_by_hand(notebook):
     assert most["l1"] == pytest.approx(100 * (by_hand["l1"] + 0.7 * 0.01) / area, rel=2e-3)  # .88 all the way
 
 
+def test_steps_count_single_networks_alone(notebook):
+    """From each point up to the energy of the next its own accuracy, not a line to that of the next."""
+    steps = notebook["hypervolumes"](*map(notebook.get, ("everything", "standard", "ENERGIES")), lines=False)
+    steps = steps.groupby(["measure", "way"])["hypervolume"].mean()["ratio, published"]
+    by_hand = {"l0, σ 0.0001": 0.2 * 0.03, "thresholds": 0.3 * 0.025, BOTH: 0.2 * 0.02 + 0.3 * 0.025}
+    for name, volume in by_hand.items():
+        assert steps[name] == pytest.approx(100 * volume / (0.03 * 0.8), rel=2e-3), name
+    assert "*l0, σ 0.0001* 25.0%" in notebook["said"]
+    assert "no network within the margin" not in notebook["said"]
+
+
+@pytest.mark.parametrize("seeds", [{0}, {0, 1}])
+def test_a_way_without_a_network_within_the_margin_says_so(tmp_path, monkeypatch, made_up, make_result, seeds):
+    """In one seed standard training is taken in its place; in all, there is none."""
+    results, derived, names = made_up
+    for i, result in enumerate(results):
+        if result.config.penalty == "l1" and result.config.seed in seeds:
+            results[i] = make_result(accuracy=0.86, ratio=0.7, **result.config.to_dict())
+    notebook = executed(tmp_path, monkeypatch, results, derived, names)
+    table = (tmp_path / "made-up" / "rivals.md").read_text()
+    (row,) = [line for line in table.splitlines() if "| l1 |" in line]
+    said = "*l1* has no network within the margin on digits, ResNet-18."
+    if len(seeds) == 1:  # .7 of .8, the last point of its way
+        assert row.endswith("| ≥ 6% ± 9% (1.0; ST in 1 of 2 seeds) | ≥ 0% ± 0% |")
+    else:
+        assert row.endswith("| none | none |")
+    assert (said in notebook["said"]) == (len(seeds) == 2)
+
+
 def test_paths_are_measured_from_the_standard_training_of_their_seed_smaller_networks_from_the_mean(notebook):
     everything, standard = notebook["everything"].copy(), notebook["standard"].copy()
     for table in everything, standard:
@@ -134,16 +163,18 @@ def test_the_winner_is_named_by_accounting(notebook):
         text.partition("**: ")[2].partition(" by ")[0] for text in notebook["said"].split("- ") if "**ratio, p" in text
     ]
     # Thresholds and l1 end above the margin: at .895 and .88 down to no energy, they would not be behind.
-    assert names[0].startswith(f"first, but not clearly before the next, is **{BOTH}** with 54.8%, before thresholds")
+    assert names[0].startswith(f"first, but not clearly before the next, is **{BOTH}** with 54.8%, before *thresholds*")
     assert f"**joules, published**: first, but not clearly before the next, is **{BOTH}**" in notebook["said"]
-    one, penalty = "(1 of 1 cases)", "The paper's penalty (l0, σ 0.0001) has 32.5%."
-    better = f"{penalty} Clearly better than that: {BOTH} {one}; smaller networks {one}; thresholds {one}."
-    assert f"{better} Clearly worse than that: none.\n" in notebook["said"]  # made up with equal seeds: all are apart
+    apart = "has 32.5%. Clearly apart from it in half of the cases or more (cases better : worse): "
+    better = f"*{BOTH}* 1 : 0, *smaller networks* 1 : 0, *thresholds* 1 : 0"
+    assert (
+        f"The paper's penalty on a path (*l0, σ 0.0001*) {apart}{better}.\n" in notebook["said"]
+    )  # equal seeds: all are apart
     variables = notebook["verdict"].__globals__
     variables["volumes"] = notebook["volumes"].assign(at_most=notebook["volumes"]["hypervolume"])
     said = notebook["verdict"]("joules, published")
-    assert f"the winner is **{BOTH}** with 54.8%, before smaller networks" in said
-    assert said.endswith(f"Clearly worse than that: l1 {one}.")
+    assert f"the winner is **{BOTH}** with 54.8%, before *smaller networks*" in said
+    assert said.endswith(", *l1* 0 : 1.")
 
 
 def test_smaller_networks_are_compared_with_standard_training_in_one_piece_too(notebook, made_up):
@@ -154,8 +185,8 @@ def test_smaller_networks_are_compared_with_standard_training_in_one_piece_too(n
     assert notebook["way"](RunConfig.parse(configs[0].to_dict() | {"epochs": 5})) == "smaller networks"
     assert notebook["way"](configs[2]) == "l0, σ 0.0001"
     assert notebook["way"](RunConfig.parse(configs[2].to_dict() | {"epochs": 3})) == "l0, σ 0.0001, no path"  # as ST
-    assert "n one piece" not in notebook["said"]
-    assert "smaller networks 75%; l0, σ 0.0001 0%." in notebook["said"]  # it has a quarter of the weights
+    assert "one cycle" not in notebook["said"]
+    assert "*smaller networks* ≥ 75%; *l0, σ 0.0001* 0%." in notebook["said"]  # it has a quarter of the weights
     wide = everything[(everything["way"] == "smaller networks") & (everything["width"] < 0.125)]
     energies = wide[[*notebook["ENERGIES"].values()]] * (0.8 / 0.45)
     wide = wide.assign(run="wide", width=0.125, test_accuracy=0.92, validation_accuracy=0.92, **energies)
@@ -165,9 +196,9 @@ def test_smaller_networks_are_compared_with_standard_training_in_one_piece_too(n
     areas = 0.35 * 0.03 / 2, 0.3 * (0.01 + 0.005) / 2 + 0.2 * 0.005 / 2
     smaller, both = (100 * area / (0.03 * 0.8) for area in areas)
     said = notebook["of_smaller_networks"]()[0]
-    assert "ST in one piece has +2.0 points of accuracy" in said
-    assert said.endswith(" gave ST +3.0 points.")  # .87 → .9
-    assert f"smaller networks {smaller:.1f}% and {smaller:.1f}%; " in said
+    assert "With one cycle ST has +2.0 points of accuracy" in said
+    assert said.endswith(" gave it +3.0 points.")  # .87 → .9
+    assert f"*smaller networks* {smaller:.1f}% and {smaller:.1f}%; " in said
     assert "+ thresholds" not in said
     curves, widest = notebook["in_one_piece"]()
     sizes = notebook["hypervolumes"](curves, widest, notebook["ENERGIES"], paired=False).set_index(["way", "measure"])
@@ -189,7 +220,7 @@ def test_a_smaller_network_may_have_a_path_of_its_own(tmp_path, monkeypatch, mad
     both = "l0, σ 0.0001, 50% as wide"
     own = notebook["everything"][notebook["everything"]["way"] == both]
     assert own["test_published_ratio"].tolist() == pytest.approx(2 * [0.8] + 2 * [0.4, 0.25])
-    assert f"before {both} by" in notebook["verdict"]("joules, published")
+    assert f"before *{both}* by" in notebook["verdict"]("joules, published")
     assert both not in notebook["verdict"]("ratio, published"), "a ratio cannot see what it saves"
     saved = notebook["together"].set_index("treatment")["saved"]
     assert saved[["as it is", "50% as wide"]].tolist() == pytest.approx([12.5, 100 * (1 - 0.25 / 0.4)])
@@ -255,7 +286,8 @@ def test_of_a_part_of_a_study_only_whole_ways_are_compared(tmp_path, monkeypatch
     assert seeds["l1"] == {0, 1}
     said = "PARTIAL: 11 of the study's 12 runs have a result"
     assert said in notebook["said"]
-    assert all(said in (tmp_path / "made-up" / f"{name}.md").read_text() for name in ("rivals", "together", "verdict"))
+    names = "rivals", "together", "verdict", "winners"
+    assert all(said in (tmp_path / "made-up" / f"{name}.md").read_text() for name in names)
 
 
 def test_a_study_in_which_nothing_is_whole_yet_says_so(tmp_path, monkeypatch, made_up):
@@ -288,11 +320,11 @@ def test_what_is_not_treated_yet_is_told_and_weighs_nothing(tmp_path, monkeypatc
     assert "as it is: EAT saves 13% of the joules" in notebook["said"], "12.5; both seeds have 25"
     executed(tmp_path, monkeypatch, results, [], names)
     verdict = (tmp_path / "made-up" / "verdict.md").read_text()
-    assert "to any way: no network has been treated yet." in verdict
+    assert "the paper's path: no network has been treated yet." in verdict
     assert "nan" not in verdict
 
 
-def test_what_eat_saves_of_a_treated_network(notebook):
+def test_what_eat_saves_of_a_treated_network(notebook, tmp_path):
     # λ 1 is within the margin, λ 2 is not; int8: from 0.5 to 0.3
     together = notebook["together"].set_index("treatment")
     assert set(notebook["bases"]["lambda"]) == {0, 1}
@@ -301,10 +333,17 @@ def test_what_eat_saves_of_a_treated_network(notebook):
     at_int8 = (487.5 + 0.2) * 1e-12 * 1000 * 0.5 / 10
     assert together.loc["int8", "test_fused_joules_st"] == pytest.approx(1e6 * at_int8)
     after = "int8: EAT saves 40% of the joules of ST so treated, for 0.5 points of accuracy, clearly more than as it is"
-    assert f"{after} in 1 of 1 cases" in notebook["said"]
+    assert f"{after} in 1 of 1 cases (by 27.5 points)" in notebook["said"]
     saved = f"int8 saves {1 - at_int8 / (1e-6 * together.loc['as it is', 'test_fused_joules_st']):.0%} of ST's joules"
     assert f"{saved} (fused; one image at a time: " in notebook["said"]
-    assert "for 0.5 points. EAT saves 13% to 40% of the joules of ST treated alike, 13% of" in notebook["said"]
+    means = "EAT saves 13% of untreated ST's joules, and after a treatment, of what is left, 13% to 40%."
+    assert f"for 0.5 points. In the mean over cases {means}" in notebook["said"]
+    short = (
+        "a smaller network, trained anew, has more area than *l0, σ 0.0001* in 1 of 1 cases; within the margin save,"
+    )
+    short += " of ST's joules, *l0, σ 0.0001* 13% for 0.0 points, *thresholds* ≥ 38% for 0.5 points; "
+    short += f"{saved.partition(' of ')[0]} for 0.5, and EAT 40% of what it leaves."
+    assert short in (tmp_path / "made-up" / "winners.md").read_text()
 
 
 def test_other_prices_give_the_hypervolumes_of_all_tables(notebook):
