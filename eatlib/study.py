@@ -67,8 +67,8 @@ def show_plan(study: Study, folder: Path) -> None:
     epochs: dict[tuple[Any, ...], list[float]] = {}
     for path in {*folder.parent.glob("*/*.json"), *(ROOT / "results").glob("**/*.json")}:
         with suppress(ResultError, OSError):
-            result = RunResult.load(path)
-            epochs.setdefault(_kind(result.config), []).extend(epoch.seconds for epoch in result.history)
+            past = RunResult.load(path)
+            epochs.setdefault(_kind(past.config, past.provenance.device), []).extend(e.seconds for e in past.history)
     found, expected = StudyResults.load(folder, study), []
     for name, run in found.configs.items():
         if name in found.runs:
@@ -77,17 +77,17 @@ def show_plan(study: Study, folder: Path) -> None:
         reason = "its JSON is another configuration's" if (folder / f"{name}.json").exists() else "no result"
         if before := predecessor(found.configs, run):
             reason += f", starts from {before}"
-        if like := epochs.get(_kind(run)):
+        if like := epochs.get(_kind(run, "cuda" if local_gpus() else "cpu")):
             expected.append(timedelta(seconds=round(run.epochs * statistics.median(like))))
         print(f"{name}  to train ({reason}), {f'about {expected[-1]}' if like else 'no like has run'}")
     print(f"{len(found.runs)} runs are done, {len(found.missing)} are to train", end="")
     print(f": about {sum(expected, timedelta())} for {len(expected)} of them, one after another" if expected else "")
 
 
-def _kind(config: RunConfig) -> tuple[Any, ...]:
-    """What decides how long an epoch takes."""
+def _kind(config: RunConfig, device: str) -> tuple[Any, ...]:
+    """What decides how long an epoch takes, on a GPU or not."""
     fields = ("dataset", "image_size", "train_samples", "model", "width", "precision", "compile", "threads", "device")
-    return *(getattr(config, field) for field in fields), config.lambda_ > 0
+    return *(getattr(config, field) for field in fields), config.lambda_ > 0, device == "cpu"
 
 
 # --- the command line ---------------------------------------------------------------------------------------------

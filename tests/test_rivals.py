@@ -342,7 +342,7 @@ def test_what_eat_saves_of_a_treated_network(notebook, tmp_path):
         "a smaller network, trained anew, has more area than *l0, σ 0.0001* in 1 of 1 cases; within the margin save,"
     )
     short += " of ST's joules, *l0, σ 0.0001* 13% for 0.0 points, *thresholds* ≥ 38% for 0.5 points; "
-    short += f"{saved.partition(' of ')[0]} for 0.5, and EAT 40% of what it leaves."
+    short += f"{saved.partition(' of ')[0]} for 0.5, and EAT 40% of what it leaves for 0.5."
     assert short in (tmp_path / "made-up" / "winners.md").read_text()
 
 

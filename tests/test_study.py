@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from eatlib import study as studies
-from eatlib.config import Study
+from eatlib.config import RunConfig, Study
 from eatlib.results import ROOT, StudyResults
 
 TOY_TRAINING = """
@@ -349,6 +349,9 @@ def test_a_dry_run_says_what_why_and_how_long_and_changes_nothing(project, make_
     assert lines[0].startswith("digits_resnet18_lambda0_seed0  to train (its JSON is another configuration's)")
     assert "digits_resnet18_lambda1_seed0  done in 0:00:01" in lines
     assert "digits_resnet18_lambda1_seed1  to train (no result), about 0:00:01" in lines
+    assert studies._kind(RunConfig(), "cuda:0") != studies._kind(RunConfig(), "cpu"), (
+        "a GPU's pace is not this machine's"
+    )
     assert lines[-1] == "1 runs are done, 3 are to train: about 0:00:01 for 1 of them, one after another"
 
 
