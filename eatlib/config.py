@@ -333,7 +333,7 @@ def recipe(lambdas: Sequence[float], settings: dict[str, Any]) -> list[RunConfig
         ConfigError: a lambda or a setting that is not allowed.
     """
     given = [*lambdas] if isinstance(lambdas, Iterable) else []
-    if not (given and all(isinstance(x, (int, float)) for x in given) and sorted({0, *given}) == [0, *given]):
+    if not (given and all(hasattr(x, "__float__") for x in given) and sorted({0, *given}) == [0, *given]):
         allowed = "a list of numbers above 0, each larger than the one before"
         raise ConfigError(f"lambdas = {given or lambdas}: must be {allowed}")
     if unknown := [name for name in settings if name not in (*RECIPE_FIELDS, "threads")]:

@@ -6,6 +6,7 @@ Each network whose weights the study keeps (`save_weights`), and each treatment,
 folder. What has a line is not done again, so that an interrupted call can be repeated.
 """
 
+import argparse
 import copy
 import json
 import logging
@@ -24,7 +25,7 @@ from torch.nn.utils import prune
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-from eatlib import RunConfig, load, load_data
+from eatlib import ConfigError, RunConfig, load, load_data
 from eatlib.data import Data, Split, training_batches
 from eatlib.energy import ACCOUNTINGS, EnergyError, EnergyMeter
 from eatlib.models import count_parameters
@@ -138,6 +139,8 @@ def main(folder: Path) -> None:
         record = json.loads(line)
         lines[record["hash"], json.dumps(record["treatment"])] = line
     kept = {name: run for name, run in found.runs.items() if found.configs[name].save_weights}
+    if not kept:
+        raise ConfigError(f"{folder}: no run of the study with save_weights: true has a result")
     if missing := [name for name in kept if not (folder / f"{name}.safetensors").exists()]:
         print(f"no weights, left out: {', '.join(missing)}", file=sys.stderr)
     todo = [(name, t) for name in kept if name not in missing for t in treatments(kept[name].config)]
@@ -160,4 +163,9 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="of a study's results, such as results/rivals")
+    try:
+        main(parser.parse_args().folder)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")

@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
+import re
 import runpy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -88,3 +92,16 @@ def test_thresholds_are_a_way_of_their_own_for_standard_training_alone():
     only = [[part["thresholds"] for part in parts if [*part] == ["thresholds"]] for parts in (standard, aware)]
     assert only == [[0.005, 0.01, 0.02, 0.05], [0.01]]
     assert standard[4:] == aware[1:]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("nowhere", "nowhere/study.yaml: not a readable"), ("plain", "plain: no run")]
+)
+def test_a_folder_without_networks_is_told_in_a_line(tmp_path, make_study, make_result, name, message):
+    names = make_study(tmp_path / "plain", [RunConfig(epochs=1)])
+    for file in names.values():
+        make_result().save(tmp_path / "plain" / f"{file}.json")
+    command = [sys.executable, str(ROOT / "studies" / "derive.py"), str(tmp_path / name)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1
+    assert re.fullmatch(f"error: .*{message}.*\n", done.stderr)

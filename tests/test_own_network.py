@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -153,7 +154,9 @@ def test_an_interrupted_path_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     longer = list(tradeoff(functional()[0], **batches, **SETTINGS | {"lambdas": [1, 4, 16, 32]}, folder=tmp_path / "b"))
     assert steps == [16, 32]
     assert all(map(same, whole, longer))
-    finer = list(tradeoff(functional()[0], **batches, **SETTINGS | {"lambdas": [1, 2, 4]}, folder=tmp_path / "b"))
+    finer = list(
+        tradeoff(functional()[0], **batches, **SETTINGS | {"lambdas": np.array([1, 2, 4])}, folder=tmp_path / "b")
+    )
     assert steps == [16, 32, 2, 4]
     assert all(map(same, whole[:2], finer))
 

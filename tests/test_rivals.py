@@ -336,7 +336,7 @@ def test_what_eat_saves_of_a_treated_network(notebook, tmp_path):
     assert f"{after} in 1 of 1 cases (by 27.5 points)" in notebook["said"]
     saved = f"int8 saves {1 - at_int8 / (1e-6 * together.loc['as it is', 'test_fused_joules_st']):.0%} of ST's joules"
     assert f"{saved} (fused; one image at a time: " in notebook["said"]
-    means = "EAT saves 13% of untreated ST's joules, and after a treatment, of what is left, 13% to 40%."
+    means = "EAT saves 13% of untreated ST's joules, and after a treatment, of what is left, 40%."
     assert f"for 0.5 points. In the mean over cases {means}" in notebook["said"]
     short = (
         "a smaller network, trained anew, has more area than *l0, σ 0.0001* in 1 of 1 cases; within the margin save,"
